@@ -1,0 +1,2 @@
+//! subscriber
+fn main() {}
