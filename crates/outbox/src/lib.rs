@@ -1,1 +1,15 @@
-//! outbox
+#![doc = include_str!("../README.md")]
+
+pub mod backlog;
+mod claim;
+pub mod dead_letters;
+pub mod diagnosis;
+mod enqueue;
+mod migrate;
+pub mod retention;
+pub mod testing;
+
+pub use claim::{Claim, ClaimOptions, Claimed, Poison, anything_waiting};
+pub use enqueue::{EnqueueError, Receipt, Xid, enqueue, enqueue_all};
+pub use event::{CacheKey, Event, EventId, InvalidEvent, Topic, Traceparent};
+pub use migrate::{MigrateError, SchemaState, migrate, schema_state};

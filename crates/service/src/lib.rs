@@ -1,1 +1,25 @@
-//! service
+#![doc = include_str!("../README.md")]
+
+pub mod backoff;
+pub mod boot;
+pub mod cli;
+pub mod duration;
+pub mod failpoint;
+pub mod health;
+pub mod http;
+pub mod logs;
+pub mod metrics;
+mod otlp;
+pub mod secret_url;
+pub mod shutdown;
+pub mod trace;
+
+pub use backoff::Backoff;
+pub use boot::{Boot, ServiceOptions, UsageError};
+pub use cli::{parse, parse_from};
+pub use duration::parse_duration;
+pub use health::{Component, Health, Limits};
+pub use http::HttpServer;
+pub use metrics::Metrics;
+pub use secret_url::SecretUrl;
+pub use shutdown::{Shutdown, drain};

@@ -1,0 +1,241 @@
+//! The wire format, all of it: what one NATS message carries.
+
+use std::time::Duration;
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use serde::{Deserialize, Serialize};
+
+use crate::event::check_key_count;
+use crate::{CacheKey, Change, EventId, InvalidEvent, Traceparent};
+
+/// Version this code writes, and the only one it reads.
+pub const WIRE_VERSION: u64 = 1;
+
+const OPENING: &[u8] = br#"{"v":1,"events":["#;
+const CLOSING: &[u8] = b"]}";
+
+/// An event whose transaction has committed, as it travels.
+///
+/// Events that the relay coalesced travel as one: it has the identity of the first and the transactions of all.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CommittedEvent {
+    /// Identity of the event, of the first one where several were coalesced.
+    pub id: EventId,
+    /// Keys it names.
+    pub keys: Vec<CacheKey>,
+    /// What happens to the keys.
+    pub change: Change,
+    /// Postgres transactions (`xid8`) that made it true.
+    pub xids: Vec<u64>,
+    /// When it was enqueued, in microseconds since the Unix epoch, by the clock of Postgres.
+    pub at_us: i64,
+    /// Trace it belongs to.
+    pub traceparent: Option<Traceparent>,
+}
+
+/// One or more committed events as they travel in one NATS message.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Envelope {
+    /// The events, in no particular order: they commute.
+    pub events: Vec<CommittedEvent>,
+}
+
+/// Why a message is not an envelope. Every variant is poison: no later attempt can succeed.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    /// The message was written by a newer version of the system.
+    #[error("envelope has wire version {version}, this reader knows {WIRE_VERSION}")]
+    UnknownVersion {
+        /// Version the message claims.
+        version: u64,
+    },
+    /// The message is not JSON of the expected shape.
+    #[error("message is not an envelope")]
+    Malformed(#[source] serde_json::Error),
+    /// One of the events breaks a rule that events keep.
+    #[error("event {id} in the envelope is not valid")]
+    InvalidEvent {
+        /// Identity of the refused event.
+        id: EventId,
+        /// The rule it breaks.
+        #[source]
+        reason: InvalidEvent,
+    },
+}
+
+#[derive(Serialize, Deserialize)]
+struct WireEnvelope {
+    v: u64,
+    events: Vec<WireEvent>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct WireEvent {
+    id: EventId,
+    keys: Vec<CacheKey>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    update: Option<WireUpdate>,
+    #[serde(default)]
+    xids: Vec<u64>,
+    at_us: i64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    traceparent: Option<Traceparent>,
+}
+
+/// The borrowed form of [`WireEvent`]: writing copies nothing.
+#[derive(Serialize)]
+struct WireEventRef<'a> {
+    id: EventId,
+    keys: &'a [CacheKey],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    update: Option<WireUpdate>,
+    xids: &'a [u64],
+    at_us: i64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    traceparent: Option<&'a Traceparent>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct WireUpdate {
+    /// Base64, since a cached value is any bytes and JSON is text.
+    value: String,
+    version: i64,
+    ttl_ms: u64,
+}
+
+impl Envelope {
+    /// The `Content-Type` of an encoded envelope.
+    pub const CONTENT_TYPE: &'static str = "application/json";
+
+    /// Reads an envelope. Fields this version does not know are ignored.
+    ///
+    /// # Errors
+    /// [`DecodeError`] for anything that is not an envelope of [`WIRE_VERSION`]. Never panics.
+    pub fn decode(body: &[u8]) -> Result<Self, DecodeError> {
+        let wire: WireEnvelope = serde_json::from_slice(body).map_err(|error| explain(body, error))?;
+        if wire.v != WIRE_VERSION {
+            return Err(DecodeError::UnknownVersion { version: wire.v });
+        }
+        let events = wire.events.into_iter().map(WireEvent::checked).collect::<Result<_, _>>()?;
+        Ok(Self { events })
+    }
+
+    /// Writes an envelope.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut writer = EnvelopeWriter::new(usize::MAX);
+        for event in &self.events {
+            let fits = writer.push(event);
+            debug_assert!(fits, "nothing is longer than usize::MAX");
+        }
+        writer.finish()
+    }
+}
+
+/// A later version may have another shape, so a document that does not parse is asked for its version once more.
+fn explain(body: &[u8], error: serde_json::Error) -> DecodeError {
+    #[derive(Deserialize)]
+    struct Head {
+        v: u64,
+    }
+    match serde_json::from_slice::<Head>(body) {
+        Ok(Head { v }) if v != WIRE_VERSION => DecodeError::UnknownVersion { version: v },
+        _ => DecodeError::Malformed(error),
+    }
+}
+
+impl WireEvent {
+    fn checked(self) -> Result<CommittedEvent, DecodeError> {
+        let Self { id, keys, update, xids, at_us, traceparent } = self;
+        let refused = |reason| DecodeError::InvalidEvent { id, reason };
+        let change = match update {
+            None => Change::Delete,
+            Some(update) => update.checked().map_err(refused)?,
+        };
+        check_key_count(&keys, &change).map_err(refused)?;
+        Ok(CommittedEvent { id, keys, change, xids, at_us, traceparent })
+    }
+}
+
+impl WireUpdate {
+    fn checked(self) -> Result<Change, InvalidEvent> {
+        let value = STANDARD.decode(self.value).map_err(|_| InvalidEvent::ValueNotBase64)?;
+        Ok(Change::update(value, self.version, Duration::from_millis(self.ttl_ms))?)
+    }
+}
+
+/// Builds the body of an envelope event by event, never past a given size.
+#[derive(Debug)]
+pub struct EnvelopeWriter {
+    body: Vec<u8>,
+    events: usize,
+    max_bytes: usize,
+}
+
+impl EnvelopeWriter {
+    /// An empty envelope that may grow to `max_bytes` when finished.
+    #[must_use]
+    pub fn new(max_bytes: usize) -> Self {
+        Self { body: OPENING.to_vec(), events: 0, max_bytes }
+    }
+
+    /// Adds an event, or leaves the envelope as it was and says `false` if it does not fit any more.
+    #[must_use = "an event that does not fit is not added"]
+    pub fn push(&mut self, event: &CommittedEvent) -> bool {
+        let before = self.body.len();
+        if self.events > 0 {
+            self.body.push(b',');
+        }
+        let wire = WireEventRef {
+            id: event.id,
+            keys: &event.keys,
+            update: WireUpdate::from_change(&event.change),
+            xids: &event.xids,
+            at_us: event.at_us,
+            traceparent: event.traceparent.as_ref(),
+        };
+        serde_json::to_writer(&mut self.body, &wire).expect("plain data always serializes into memory");
+        if self.body.len().saturating_add(CLOSING.len()) > self.max_bytes {
+            self.body.truncate(before);
+            return false;
+        }
+        self.events += 1;
+        true
+    }
+
+    /// How many events it holds.
+    #[must_use]
+    pub fn events(&self) -> usize {
+        self.events
+    }
+
+    /// The finished body.
+    #[must_use]
+    pub fn finish(mut self) -> Vec<u8> {
+        self.body.extend_from_slice(CLOSING);
+        self.body
+    }
+
+    /// A message id (`Nats-Msg-Id`) for an envelope that is not exactly one whole event: a hash of the **body**.
+    ///
+    /// A hash of the event ids alone would be wrong. A batch that was published but not settled is claimed again later,
+    /// perhaps together with newer events on the same keys; were the message id the same, JetStream would take the
+    /// newer events for a duplicate and swallow them. Equal bodies name equal transactions, so swallowing one is safe.
+    #[must_use]
+    pub fn message_id(body: &[u8]) -> String {
+        format!("{:032x}", xxhash_rust::xxh3::xxh3_128(body))
+    }
+}
+
+impl WireUpdate {
+    fn from_change(change: &Change) -> Option<Self> {
+        match change {
+            Change::Delete => None,
+            Change::Update { value, version, ttl } => Some(Self {
+                value: STANDARD.encode(value),
+                version: *version,
+                ttl_ms: u64::try_from(ttl.as_millis()).expect("at most MAX_TTL"),
+            }),
+        }
+    }
+}

@@ -1,0 +1,248 @@
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use event::{CacheKey, Change, CommittedEvent, EventId, InvalidEvent, Topic, Traceparent};
+use sqlx::postgres::{PgConnection, PgRow};
+use sqlx::{AssertSqlSafe, PgPool, Postgres, Row, Transaction};
+use uuid::Uuid;
+
+use crate::enqueue::{update_columns, xid};
+
+/// How to claim.
+#[derive(Debug, Clone, Copy)]
+pub struct ClaimOptions {
+    /// Most rows to take at once.
+    pub limit: i64,
+    /// Skip rows below this `seq`: what was deleted there is still in the index until vacuum, and scanning it costs.
+    /// Rows of transactions that commit late can be below it, so claim from 0 now and then.
+    pub from_seq: i64,
+    /// Keep statements prepared on the connection. Not behind a transaction pooler that does not know of them.
+    pub prepared: bool,
+}
+
+/// Rows taken from the outbox, deleted in a transaction that is still open.
+///
+/// The row locks are the lease: [`Claim::settle`] after the broker acknowledged makes the deletion final, and whatever
+/// else happens (an error, a drop, a dead process, a lost connection) gives the rows back at once.
+#[derive(Debug)]
+pub struct Claim {
+    tx: Transaction<'static, Postgres>,
+    prepared: bool,
+}
+
+/// One claimed row.
+#[derive(Debug)]
+pub struct Claimed {
+    /// Its place in the outbox.
+    pub seq: i64,
+    /// Topic to publish it under.
+    pub topic: Topic,
+    /// The event.
+    pub event: CommittedEvent,
+}
+
+/// A claimed row that can never be published, with the reason.
+#[derive(Debug)]
+pub struct Poison {
+    row: Columns,
+    /// Why it can never be published.
+    pub reason: String,
+}
+
+/// The columns of `outbox.events` as they are, valid or not.
+#[derive(Debug)]
+struct Columns {
+    seq: i64,
+    id: Uuid,
+    topic: String,
+    keys: Vec<String>,
+    value: Option<Vec<u8>>,
+    version: Option<i64>,
+    ttl_ms: Option<i64>,
+    xid: u64,
+    traceparent: Option<String>,
+    created_at: DateTime<Utc>,
+}
+
+/// Two traps in one statement. The planner must not choose a sequential scan because the table was empty when the
+/// statement was planned, and the server must end the transaction if the relay hangs with rows in hand.
+const BEGIN: &str = "begin; set local enable_seqscan = off; set local idle_in_transaction_session_timeout = ";
+
+/// Rows are deleted by physical address, which the row lock pins: no second descent of the index.
+const TAKE: &str = "
+    delete from outbox.events
+    where ctid = any(array(
+        select ctid from outbox.events where seq >= $1 order by seq limit $2 for update skip locked))
+    returning seq, id, topic, keys, value, version, ttl_ms, xid, traceparent, created_at";
+
+/// Whether any row at or above `from_seq` waits, claimed by another relay or not. The cheapest question there is: one
+/// round trip of the simple protocol, no transaction.
+///
+/// # Errors
+/// Whatever the database says.
+pub async fn anything_waiting(pool: &PgPool, from_seq: i64) -> Result<bool, sqlx::Error> {
+    let sql = format!("select 1 from outbox.events where seq >= {from_seq} order by seq limit 1");
+    Ok(sqlx::raw_sql(AssertSqlSafe(sql)).fetch_optional(pool).await?.is_some())
+}
+
+impl Claim {
+    /// Takes up to `options.limit` committed rows that nobody else holds. The rows come in no particular order; those
+    /// that are not valid events come as [`Poison`].
+    ///
+    /// `lease` bounds how long the server lets the transaction sit idle before it takes the rows back.
+    ///
+    /// # Errors
+    /// Whatever the database says. Cancel-safe: a dropped call gives the rows back.
+    pub async fn take(
+        pool: &PgPool,
+        options: ClaimOptions,
+        lease: Duration,
+    ) -> Result<(Self, Vec<Claimed>, Vec<Poison>), sqlx::Error> {
+        let begin = format!("{BEGIN}{}", lease.as_millis().max(1));
+        let mut tx = pool.begin_with(AssertSqlSafe(begin)).await?;
+        let rows = sqlx::query(TAKE)
+            .persistent(options.prepared)
+            .bind(options.from_seq)
+            .bind(options.limit)
+            .fetch_all(&mut *tx)
+            .await?;
+        let mut claimed = Vec::with_capacity(rows.len());
+        let mut poison = Vec::new();
+        for row in rows {
+            match Columns::read(&row)?.into_claimed() {
+                Ok(event) => claimed.push(event),
+                Err(row) => poison.push(*row),
+            }
+        }
+        Ok((Self { tx, prepared: options.prepared }, claimed, poison))
+    }
+
+    /// Moves rows that can never be published to `outbox.dead_letters`, in the same transaction.
+    ///
+    /// # Errors
+    /// Whatever the database says.
+    pub async fn set_aside(&mut self, poison: &[Poison]) -> Result<(), sqlx::Error> {
+        for Poison { row, reason } in poison {
+            sqlx::query(
+                "insert into outbox.dead_letters
+                    (id, seq, topic, keys, value, version, ttl_ms, xid, traceparent, created_at, reason)
+                 values ($1, $2, $3, $4, $5, $6, $7, $8::text::xid8, $9, $10, $11)
+                 on conflict (id) do update set seq = excluded.seq, reason = excluded.reason, dead_at = clock_timestamp()",
+            )
+            .persistent(self.prepared)
+            .bind(row.id)
+            .bind(row.seq)
+            .bind(&row.topic)
+            .bind(&row.keys)
+            .bind(&row.value)
+            .bind(row.version)
+            .bind(row.ttl_ms)
+            .bind(row.xid.to_string())
+            .bind(&row.traceparent)
+            .bind(row.created_at)
+            .bind(reason)
+            .execute(&mut *self.tx)
+            .await?;
+        }
+        Ok(())
+    }
+
+    /// Makes the deletion final. Only after every event in hand was acknowledged or set aside.
+    ///
+    /// # Errors
+    /// Whatever the database says; the rows may then come again, which is harmless.
+    pub async fn settle(self) -> Result<(), sqlx::Error> {
+        self.tx.commit().await
+    }
+
+    /// Gives the rows back now rather than when the connection is next used.
+    ///
+    /// # Errors
+    /// Whatever the database says; the rows are free in that case too.
+    pub async fn give_back(self) -> Result<(), sqlx::Error> {
+        self.tx.rollback().await
+    }
+
+    pub(crate) fn connection(&mut self) -> (&mut PgConnection, bool) {
+        (&mut self.tx, self.prepared)
+    }
+}
+
+impl Poison {
+    /// A valid event that can never be published all the same, for example since it is larger than the broker takes.
+    #[must_use]
+    pub fn new(claimed: &Claimed, reason: String) -> Self {
+        let Claimed { seq, topic, event } = claimed;
+        let (value, version, ttl_ms) = update_columns(&event.change);
+        let row = Columns {
+            seq: *seq,
+            id: event.id.0,
+            topic: topic.as_str().to_owned(),
+            keys: event.keys.iter().map(|key| key.as_str().to_owned()).collect(),
+            value: value.map(<[u8]>::to_vec),
+            version,
+            ttl_ms,
+            xid: event.xids.first().copied().unwrap_or_default(),
+            traceparent: event.traceparent.as_ref().map(|parent| parent.as_str().to_owned()),
+            created_at: DateTime::from_timestamp_micros(event.at_us).unwrap_or_default(),
+        };
+        Self { row, reason }
+    }
+
+    /// Identity of the event.
+    #[must_use]
+    pub fn event_id(&self) -> EventId {
+        EventId(self.row.id)
+    }
+}
+
+impl Columns {
+    fn read(row: &PgRow) -> Result<Self, sqlx::Error> {
+        Ok(Self {
+            seq: row.try_get(0)?,
+            id: row.try_get(1)?,
+            topic: row.try_get(2)?,
+            keys: row.try_get(3)?,
+            value: row.try_get(4)?,
+            version: row.try_get(5)?,
+            ttl_ms: row.try_get(6)?,
+            xid: xid(row, "xid")?,
+            traceparent: row.try_get(8)?,
+            created_at: row.try_get(9)?,
+        })
+    }
+
+    /// The table's checks make failure here impossible; whoever dropped them gets a dead letter rather than a relay
+    /// that stops.
+    fn into_claimed(self) -> Result<Claimed, Box<Poison>> {
+        match self.to_claimed() {
+            Ok(claimed) => Ok(claimed),
+            Err(error) => Err(Box::new(Poison { reason: error.to_string(), row: self })),
+        }
+    }
+
+    fn to_claimed(&self) -> Result<Claimed, InvalidEvent> {
+        let key = |(index, key): (usize, &String)| {
+            CacheKey::new(key.as_str()).map_err(|reason| InvalidEvent::Key { index, reason })
+        };
+        let event = CommittedEvent {
+            id: EventId(self.id),
+            keys: self.keys.iter().enumerate().map(key).collect::<Result<_, _>>()?,
+            change: self.change()?,
+            xids: vec![self.xid],
+            at_us: self.created_at.timestamp_micros(),
+            traceparent: self.traceparent.as_deref().map(Traceparent::new).transpose()?,
+        };
+        Ok(Claimed { seq: self.seq, topic: Topic::new(self.topic.as_str())?, event })
+    }
+
+    fn change(&self) -> Result<Change, InvalidEvent> {
+        match (&self.value, self.version, self.ttl_ms) {
+            (Some(value), Some(version), Some(ttl_ms)) => {
+                let ttl = Duration::from_millis(u64::try_from(ttl_ms).unwrap_or(0));
+                Ok(Change::update(value.clone(), version, ttl)?)
+            }
+            _ => Ok(Change::Delete),
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! Events set aside because publishing them can never succeed.
+
+use chrono::{DateTime, Utc};
+use event::EventId;
+use sqlx::postgres::PgRow;
+use sqlx::{PgPool, Row};
+
+/// One event that was set aside.
+#[derive(Debug, Clone)]
+pub struct DeadLetter {
+    /// Identity of the event.
+    pub id: EventId,
+    /// Its topic.
+    pub topic: String,
+    /// Its keys.
+    pub keys: Vec<String>,
+    /// Size of the value in bytes, for an update.
+    pub value_bytes: Option<i32>,
+    /// Version of the value, for an update.
+    pub version: Option<i64>,
+    /// When it was enqueued.
+    pub created_at: DateTime<Utc>,
+    /// When it was set aside.
+    pub dead_at: DateTime<Utc>,
+    /// Why.
+    pub reason: String,
+}
+
+/// The newest dead letters, up to `limit`.
+///
+/// # Errors
+/// Whatever the database says.
+pub async fn list(pool: &PgPool, limit: i64) -> Result<Vec<DeadLetter>, sqlx::Error> {
+    let rows = sqlx::query(
+        "select id, topic, keys, octet_length(value), version, created_at, dead_at, reason
+         from outbox.dead_letters order by dead_at desc limit $1",
+    )
+    .persistent(false)
+    .bind(limit)
+    .fetch_all(pool)
+    .await?;
+    rows.iter().map(read).collect()
+}
+
+/// One dead letter.
+///
+/// # Errors
+/// Whatever the database says.
+pub async fn find(pool: &PgPool, id: EventId) -> Result<Option<DeadLetter>, sqlx::Error> {
+    let row = sqlx::query(
+        "select id, topic, keys, octet_length(value), version, created_at, dead_at, reason
+         from outbox.dead_letters where id = $1",
+    )
+    .persistent(false)
+    .bind(id.0)
+    .fetch_optional(pool)
+    .await?;
+    row.as_ref().map(read).transpose()
+}
+
+/// How many there are.
+///
+/// # Errors
+/// Whatever the database says.
+pub async fn count(pool: &PgPool) -> Result<i64, sqlx::Error> {
+    sqlx::query("select count(*) from outbox.dead_letters")
+        .persistent(false)
+        .fetch_one(pool)
+        .await?
+        .try_get(0)
+}
+
+/// Puts dead letters back into the outbox, all of them or the given ones. Says how many.
+///
+/// They get new identities: under the old message id JetStream would take them for duplicates within its window and
+/// swallow them silently.
+///
+/// # Errors
+/// Whatever the database says; nothing has changed then.
+pub async fn replay(pool: &PgPool, ids: Option<&[EventId]>) -> Result<u64, sqlx::Error> {
+    let done = sqlx::query(
+        "with back as (
+            delete from outbox.dead_letters where $1::uuid[] is null or id = any($1) returning *)
+         insert into outbox.events (id, topic, keys, value, version, ttl_ms, xid, traceparent, created_at)
+         select outbox.new_id(), topic, keys, value, version, ttl_ms, xid, traceparent, created_at from back",
+    )
+    .persistent(false)
+    .bind(ids.map(uuids))
+    .execute(pool)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+/// Deletes dead letters for good, all of them or the given ones. Says how many.
+///
+/// # Errors
+/// Whatever the database says.
+pub async fn discard(pool: &PgPool, ids: Option<&[EventId]>) -> Result<u64, sqlx::Error> {
+    let done = sqlx::query("delete from outbox.dead_letters where $1::uuid[] is null or id = any($1)")
+        .persistent(false)
+        .bind(ids.map(uuids))
+        .execute(pool)
+        .await?;
+    Ok(done.rows_affected())
+}
+
+fn uuids(ids: &[EventId]) -> Vec<uuid::Uuid> {
+    ids.iter().map(|id| id.0).collect()
+}
+
+fn read(row: &PgRow) -> Result<DeadLetter, sqlx::Error> {
+    Ok(DeadLetter {
+        id: EventId(row.try_get(0)?),
+        topic: row.try_get(1)?,
+        keys: row.try_get(2)?,
+        value_bytes: row.try_get(3)?,
+        version: row.try_get(4)?,
+        created_at: row.try_get(5)?,
+        dead_at: row.try_get(6)?,
+        reason: row.try_get(7)?,
+    })
+}

@@ -1,0 +1,194 @@
+use event::{Change, Event, EventId};
+use sqlx::postgres::PgRow;
+use sqlx::{Postgres, Row, Transaction};
+use uuid::Uuid;
+
+/// A Postgres transaction id that never wraps around (`xid8`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Xid(pub u64);
+
+impl std::fmt::Display for Xid {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What the database said of an enqueued event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use = "a strict write needs the receipt"]
+pub struct Receipt {
+    /// Identity of the event.
+    pub event_id: EventId,
+    /// The transaction that it belongs to.
+    pub xid: Xid,
+    /// Its place in the outbox.
+    pub seq: i64,
+}
+
+/// Why an event could not be enqueued. The transaction is aborted by then, as after any failed statement.
+#[derive(Debug, thiserror::Error)]
+pub enum EnqueueError {
+    /// The schema `outbox` is missing or too old in this database.
+    #[error("the outbox is not installed in this database; run `relay migrate` on it")]
+    NotInstalled(#[source] sqlx::Error),
+    /// The role may not enqueue.
+    #[error("the role may not enqueue; grant it usage on schema outbox and execute on its enqueue functions")]
+    NotPermitted(#[source] sqlx::Error),
+    /// The database's own checks refuse the event.
+    #[error("the database refuses the event")]
+    Rejected(#[source] sqlx::Error),
+    /// Anything else, such as a lost connection or a serialization failure: roll back and try the transaction again.
+    #[error("could not enqueue the event")]
+    Database(#[source] sqlx::Error),
+}
+
+impl From<sqlx::Error> for EnqueueError {
+    fn from(error: sqlx::Error) -> Self {
+        let code = error.as_database_error().and_then(|error| error.code()).unwrap_or_default();
+        match code.as_ref() {
+            // invalid_schema_name, undefined_function, undefined_table
+            "3F000" | "42883" | "42P01" => Self::NotInstalled(error),
+            "42501" => Self::NotPermitted(error),
+            // invalid_parameter_value (outbox.check_keys), check_violation
+            "22023" | "23514" => Self::Rejected(error),
+            _ => Self::Database(error),
+        }
+    }
+}
+
+/// Records in the caller's transaction that the keys of `event` change when it commits. One statement.
+///
+/// Statements are not kept prepared: behind a transaction pooler the next one may run on another server connection.
+///
+/// # Errors
+/// [`EnqueueError`]. Not cancel-safe: after a cancelled call roll the transaction back.
+pub async fn enqueue(tx: &mut Transaction<'_, Postgres>, event: &Event) -> Result<Receipt, EnqueueError> {
+    let (value, version, ttl_ms) = update_columns(event.change());
+    let row = sqlx::query("select event_id, xid, seq from outbox.enqueue($1, $2, $3, $4, $5, $6, $7)")
+        .persistent(false)
+        .bind(event.keys().iter().map(event::CacheKey::as_str).collect::<Vec<_>>())
+        .bind(event.topic().as_str())
+        .bind(value)
+        .bind(version)
+        .bind(ttl_ms)
+        .bind(event.traceparent().map(event::Traceparent::as_str))
+        .bind(event.id().0)
+        .fetch_one(&mut **tx)
+        .await?;
+    receipt(&row)
+}
+
+/// [`enqueue`] for many events in one statement, made for thousands at once. Receipts are in the order of the events.
+///
+/// # Errors
+/// [`EnqueueError`]; either all events are enqueued or none.
+pub async fn enqueue_all(
+    tx: &mut Transaction<'_, Postgres>,
+    events: &[Event],
+) -> Result<Vec<Receipt>, EnqueueError> {
+    if events.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut columns = Columns::with_capacity(events.len());
+    events.iter().for_each(|event| columns.push(event));
+    let rows = sqlx::query("select event_id, xid, seq from outbox.enqueue_all($1, $2, $3, $4, $5, $6, $7)")
+        .persistent(false)
+        .bind(columns.ids)
+        .bind(columns.topics)
+        .bind(columns.keys)
+        .bind(columns.values)
+        .bind(columns.versions)
+        .bind(columns.ttls_ms)
+        .bind(columns.traceparents)
+        .fetch_all(&mut **tx)
+        .await?;
+    rows.iter().map(receipt).collect()
+}
+
+/// Events turned on their side, one array per column.
+struct Columns<'a> {
+    ids: Vec<Uuid>,
+    topics: Vec<&'a str>,
+    keys: Vec<String>,
+    values: Vec<Option<&'a [u8]>>,
+    versions: Vec<Option<i64>>,
+    ttls_ms: Vec<Option<i64>>,
+    traceparents: Vec<Option<&'a str>>,
+}
+
+impl<'a> Columns<'a> {
+    fn with_capacity(events: usize) -> Self {
+        Self {
+            ids: Vec::with_capacity(events),
+            topics: Vec::with_capacity(events),
+            keys: Vec::with_capacity(events),
+            values: Vec::with_capacity(events),
+            versions: Vec::with_capacity(events),
+            ttls_ms: Vec::with_capacity(events),
+            traceparents: Vec::with_capacity(events),
+        }
+    }
+
+    fn push(&mut self, event: &'a Event) {
+        let (value, version, ttl_ms) = update_columns(event.change());
+        self.ids.push(event.id().0);
+        self.topics.push(event.topic().as_str());
+        self.keys.push(array_literal(event.keys()));
+        self.values.push(value);
+        self.versions.push(version);
+        self.ttls_ms.push(ttl_ms);
+        self.traceparents.push(event.traceparent().map(event::Traceparent::as_str));
+    }
+}
+
+pub(crate) fn update_columns(change: &Change) -> (Option<&[u8]>, Option<i64>, Option<i64>) {
+    match change {
+        Change::Delete => (None, None, None),
+        Change::Update { value, version, ttl } => {
+            let ttl_ms = i64::try_from(ttl.as_millis()).expect("at most MAX_TTL");
+            (Some(value.as_slice()), Some(*version), Some(ttl_ms))
+        }
+    }
+}
+
+fn receipt(row: &PgRow) -> Result<Receipt, EnqueueError> {
+    Ok(Receipt {
+        event_id: EventId(row.try_get("event_id")?),
+        xid: Xid(xid(row, "xid")?),
+        seq: row.try_get("seq")?,
+    })
+}
+
+/// sqlx has no type for `xid8`; in the binary format it is eight bytes like `bigint`.
+pub(crate) fn xid(row: &PgRow, column: &str) -> Result<u64, sqlx::Error> {
+    row.try_get_unchecked::<i64, _>(column).map(i64::cast_unsigned)
+}
+
+/// The text form of a Postgres array: `{"a","b\"c"}`.
+fn array_literal(keys: &[event::CacheKey]) -> String {
+    let mut literal = String::with_capacity(keys.iter().map(|key| key.as_str().len() + 3).sum::<usize>() + 2);
+    literal.push('{');
+    for (index, key) in keys.iter().enumerate() {
+        literal.push_str(if index == 0 { "\"" } else { ",\"" });
+        for character in key.as_str().chars() {
+            if matches!(character, '"' | '\\') {
+                literal.push('\\');
+            }
+            literal.push(character);
+        }
+        literal.push('"');
+    }
+    literal.push('}');
+    literal
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn array_literals_quote_what_postgres_would_interpret() {
+        let keys = [r#"a"b"#, r"c\d", "{e},f", "NULL"].map(|key| event::CacheKey::new(key).unwrap());
+        assert_eq!(array_literal(&keys), r#"{"a\"b","c\\d","{e},f","NULL"}"#);
+    }
+}

@@ -1,0 +1,152 @@
+//! From the command line to the exit code: what the `main` of a daemon does around its own work.
+
+use std::{error::Error, future::Future, process::ExitCode, time::Duration};
+
+use serde_json::json;
+
+use crate::{
+    Shutdown, failpoint,
+    logs::{self, LogFormat, LogOptions},
+    parse_duration,
+};
+
+/// The exit code of a command line or configuration that cannot be obeyed, as clap's own.
+const EXIT_USAGE: u8 = 2;
+
+/// How long threads that are still busy may hold up the exit.
+const RUNTIME_STOP_LIMIT: Duration = Duration::from_secs(1);
+
+/// Options that every daemon has: flatten them into the binary's own with `#[command(flatten)]`.
+#[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
+pub struct ServiceOptions {
+    /// Options of logs and traces.
+    #[command(flatten)]
+    pub log: LogOptions,
+
+    /// How long work in flight may take to finish when the process is told to stop
+    #[arg(
+        long, env = "DRAIN_TIMEOUT", value_name = "DURATION", default_value = "10s", value_parser = parse_duration,
+        global = true
+    )]
+    pub drain_timeout: Duration,
+}
+
+/// An error by which a command says that its configuration, not the world, is at fault; the process exits with 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct UsageError(
+    /// What is wrong, naming flag and environment variable.
+    pub String,
+);
+
+/// What a binary tells about itself.
+#[derive(Debug, Clone, Copy)]
+pub struct Boot {
+    /// The name of the service in traces and errors.
+    pub name: &'static str,
+    /// All failpoints that the binary has, see [`failpoint`].
+    pub failpoints: &'static [&'static str],
+}
+
+type BoxError = Box<dyn Error + Send + Sync>;
+
+impl Boot {
+    /// Sets up logs, failpoints, the Tokio runtime and signals, runs the command, and turns its result into an exit
+    /// code: 0, 2 if a [`UsageError`] is in the chain of causes, otherwise 1.
+    ///
+    /// The error is printed once, with its causes, on one line of standard error.
+    pub fn run<F, R, E>(self, options: &ServiceOptions, command: F) -> ExitCode
+    where
+        F: FnOnce(Shutdown) -> R,
+        R: Future<Output = Result<(), E>>,
+        E: Into<BoxError>,
+    {
+        match self.try_run(&options.log, command) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                self.print(options.log.log_format, &one_line(&*error));
+                exit_code(&*error)
+            }
+        }
+    }
+
+    fn try_run<F, R, E>(self, log: &LogOptions, command: F) -> Result<(), BoxError>
+    where
+        F: FnOnce(Shutdown) -> R,
+        R: Future<Output = Result<(), E>>,
+        E: Into<BoxError>,
+    {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name(self.name).build()?;
+        let guard = {
+            let _within = runtime.enter();
+            logs::init(self.name, log)?
+        };
+        let result = runtime.block_on(async {
+            failpoint::init(self.failpoints)?;
+            let shutdown = Shutdown::on_signals()?;
+            command(shutdown).await.map_err(Into::into)
+        });
+        guard.flush();
+        runtime.shutdown_timeout(RUNTIME_STOP_LIMIT);
+        result
+    }
+
+    /// Past the log, as the last word must come out whatever the log's filter is.
+    fn print(self, format: LogFormat, error: &str) {
+        match format {
+            LogFormat::Human => eprintln!("error: {error}"),
+            LogFormat::Json => {
+                eprintln!("{}", json!({ "level": "ERROR", "message": error, "target": self.name }));
+            }
+        }
+    }
+}
+
+fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    std::iter::successors(Some(error), |&error| error.source())
+}
+
+/// `message: cause: cause of the cause`, leaving out a cause that the message before it repeats.
+fn one_line(error: &(dyn Error + 'static)) -> String {
+    let mut line = String::new();
+    for cause in causes(error) {
+        let text = cause.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+        if line.is_empty() {
+            line = text;
+        } else if !line.contains(&text) {
+            line.push_str(": ");
+            line.push_str(&text);
+        }
+    }
+    line
+}
+
+fn exit_code(error: &(dyn Error + 'static)) -> ExitCode {
+    let is_usage = |cause: &(dyn Error + 'static)| cause.is::<UsageError>() || cause.is::<failpoint::FailpointError>();
+    if causes(error).any(is_usage) { ExitCode::from(EXIT_USAGE) } else { ExitCode::FAILURE }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("cannot reach the broker")]
+    struct Unreachable(#[source] BoxError);
+
+    #[test]
+    fn an_error_and_its_causes_are_one_line_without_repetition() {
+        let refused = io::Error::other("connection\n  refused");
+        let error = Unreachable(Unreachable(refused.into()).into());
+        assert_eq!(one_line(&error), "cannot reach the broker: connection refused");
+    }
+
+    #[test]
+    fn a_usage_error_anywhere_in_the_chain_exits_with_two() {
+        let usage = Unreachable(UsageError("--topic is empty".to_owned()).into());
+        assert_eq!(exit_code(&usage), ExitCode::from(2));
+        assert_eq!(exit_code(&Unreachable(io::Error::other("down").into())), ExitCode::FAILURE);
+    }
+}

@@ -1,0 +1,152 @@
+//! Logs on standard error and, when asked for, spans to an OpenTelemetry collector.
+
+use std::{
+    io::{self, IsTerminal as _},
+    time::Duration,
+};
+
+use clap::ValueEnum;
+use opentelemetry::trace::TracerProvider as _;
+use opentelemetry_otlp::ExporterBuildError;
+use opentelemetry_sdk::trace::SdkTracerProvider;
+use tracing::{Metadata, level_filters::LevelFilter};
+use tracing_subscriber::{
+    EnvFilter, Layer, Registry,
+    filter::{ParseError, filter_fn},
+    layer::SubscriberExt as _,
+    util::{SubscriberInitExt as _, TryInitError},
+};
+
+use crate::otlp;
+
+/// How long [`LogGuard::flush`] waits for the collector at the end of the process.
+const FLUSH_LIMIT: Duration = Duration::from_secs(2);
+
+/// Options of logs and traces.
+#[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
+#[command(next_help_heading = "Logs and traces")]
+pub struct LogOptions {
+    /// Format of the log on standard error
+    #[arg(long, env = "LOG_FORMAT", value_enum, default_value = "human", global = true)]
+    pub log_format: LogFormat,
+
+    /// What to log: a level (error, warn, info, debug, trace), or levels by module such as `info,relay=debug`
+    #[arg(
+        long = "log", env = "RUST_LOG", value_name = "FILTER", default_value = "info", value_parser = parse_filter,
+        global = true
+    )]
+    pub log_filter: String,
+
+    /// OpenTelemetry collector that receives traces, such as `http://127.0.0.1:4318`; none by default
+    #[arg(
+        long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL", value_parser = otlp::parse_endpoint,
+        global = true
+    )]
+    pub otlp_endpoint: Option<String>,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people; coloured on a terminal
+    Human,
+    /// One JSON object per line
+    Json,
+}
+
+/// Logs cannot be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// `RUST_LOG` cannot be read.
+    #[error("cannot read the log filter (RUST_LOG or --log)")]
+    Filter(#[source] ParseError),
+    /// The client of the collector cannot be built.
+    #[error("cannot export traces (OTEL_EXPORTER_OTLP_ENDPOINT or --otlp-endpoint)")]
+    Otlp(#[source] ExporterBuildError),
+    /// The process logs elsewhere already.
+    #[error("logs are set up already")]
+    AlreadySet(#[source] TryInitError),
+}
+
+/// Held while the process logs; [`LogGuard::flush`] it at the end.
+#[derive(Debug)]
+#[must_use = "spans not yet exported are lost unless it is flushed"]
+pub struct LogGuard {
+    provider: Option<SdkTracerProvider>,
+}
+
+/// Sends the process's logs to standard error, and its spans to the collector if there is one.
+///
+/// `service` names the process in traces. With a collector, must be called within a Tokio runtime.
+///
+/// # Errors
+///
+/// When an option is unusable or logs are set up already.
+pub fn init(service: &'static str, options: &LogOptions) -> Result<LogGuard, LogError> {
+    let filter = env_filter(&options.log_filter).map_err(LogError::Filter)?;
+    let endpoint = options.otlp_endpoint.as_deref().filter(|endpoint| !endpoint.is_empty());
+    let provider =
+        endpoint.map(|endpoint| otlp::provider(service, endpoint)).transpose().map_err(LogError::Otlp)?;
+    let spans = provider.as_ref().map(|provider| {
+        tracing_opentelemetry::layer().with_tracer(provider.tracer(service)).with_filter(filter_fn(is_ours))
+    });
+    tracing_subscriber::registry()
+        .with(lines(options.log_format))
+        .with(spans)
+        .with(filter)
+        .try_init()
+        .map_err(LogError::AlreadySet)?;
+    Ok(LogGuard { provider })
+}
+
+impl LogGuard {
+    /// Exports what is left, for at most two seconds. Blocks: to be called outside of async code.
+    pub fn flush(self) {
+        let flushed = self.provider.map(|provider| provider.shutdown_with_timeout(FLUSH_LIMIT));
+        if let Some(Err(error)) = flushed {
+            tracing::warn!(error = %error, "the last spans could not be exported");
+        }
+    }
+}
+
+fn lines(format: LogFormat) -> Box<dyn Layer<Registry> + Send + Sync> {
+    let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr);
+    match format {
+        LogFormat::Human => layer.with_ansi(io::stderr().is_terminal() && no_color_is_unset()).boxed(),
+        LogFormat::Json => layer.json().flatten_event(true).with_span_list(false).boxed(),
+    }
+}
+
+/// See <https://no-color.org>.
+fn no_color_is_unset() -> bool {
+    std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
+/// The client that exports spans must not make spans of its own, which would be exported in turn.
+fn is_ours(metadata: &Metadata<'_>) -> bool {
+    const EXPORT: [&str; 4] = ["hyper", "reqwest", "opentelemetry", "tower"];
+    !EXPORT.iter().any(|target| metadata.target().starts_with(target))
+}
+
+fn env_filter(text: &str) -> Result<EnvFilter, ParseError> {
+    EnvFilter::builder().with_default_directive(LevelFilter::INFO.into()).parse(text)
+}
+
+/// Refuses a bad filter while the command line is read, where the error names the variable.
+fn parse_filter(text: &str) -> Result<String, ParseError> {
+    env_filter(text).map(|_valid| text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_are_checked_and_an_empty_one_means_info() {
+        for text in ["info", "warn,relay=debug", "relay[claim]=trace"] {
+            assert_eq!(parse_filter(text).unwrap(), text);
+        }
+        assert_eq!(env_filter("").unwrap().to_string(), "info");
+        assert!(parse_filter("relay=loud").is_err());
+    }
+}

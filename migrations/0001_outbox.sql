@@ -1,0 +1,242 @@
+-- The outbox: what a transaction writes so that the caches hear of it.
+--
+-- Rows are inserted in the writer's own transaction (outbox.enqueue) and deleted by a relay in the transaction in which
+-- it received the acknowledgement of the message broker. A row that is here has not been published for certain.
+
+create schema if not exists outbox;
+
+comment on schema outbox is 'Cache invalidation events waiting to be published, and what is kept of the published ones';
+
+-- Raises an error that names the broken rule, or returns true. Used as a CHECK so that every way into the table, in any
+-- language, keeps the same rules with the same message. Mirrors CacheKey and Event in the `event` crate.
+create function outbox.check_keys(keys text[]) returns boolean
+language plpgsql immutable parallel safe
+set search_path = pg_catalog
+as $$
+declare
+    key text;
+    position integer := 0;
+begin
+    if keys is null or cardinality(keys) = 0 then
+        raise exception 'event names no key' using errcode = '22023';
+    end if;
+    if cardinality(keys) > 10000 then
+        raise exception 'event names % keys, the limit is 10000', cardinality(keys)
+            using errcode = '22023', hint = 'Split it into several events.';
+    end if;
+    foreach key in array keys loop
+        if key is null or key = '' then
+            raise exception 'key % of the event is empty', position using errcode = '22023';
+        end if;
+        if octet_length(key) > 1024 then
+            raise exception 'key % of the event has % bytes, the limit is 1024', position, octet_length(key)
+                using errcode = '22023';
+        end if;
+        if key ~ '[\x01-\x1f\x7f-\x9f]' then
+            raise exception 'key % of the event has a control character', position using errcode = '22023';
+        end if;
+        position := position + 1;
+    end loop;
+    return true;
+end
+$$;
+
+comment on function outbox.check_keys is 'Raises what is wrong with the keys of an event, otherwise returns true';
+
+create table outbox.events (
+    seq bigint generated always as identity primary key,
+    id uuid not null,
+    topic text not null default 'default',
+    keys text[] not null,
+    value bytea,
+    version bigint,
+    ttl_ms bigint,
+    xid xid8 not null default pg_current_xact_id(),
+    traceparent text,
+    created_at timestamptz not null default clock_timestamp(),
+    constraint events_keys check (outbox.check_keys(keys)),
+    constraint events_topic check (topic ~ '^[A-Za-z0-9_-]{1,64}$'),
+    constraint events_update check (
+        (value is null and version is null and ttl_ms is null)
+        or (value is not null and octet_length(value) <= 524288
+            and version is not null and version >= 0
+            and ttl_ms is not null and ttl_ms between 1 and 31622400000
+            and cardinality(keys) = 1)
+    ),
+    constraint events_traceparent check (traceparent ~ '^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$')
+) with (
+    -- Every row is deleted within milliseconds, so the table is nothing but dead tuples: vacuum often, without pauses,
+    -- and never wait for a share of a size that is normally zero.
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 20000,
+    autovacuum_vacuum_insert_threshold = -1,
+    autovacuum_vacuum_cost_delay = 0,
+    autovacuum_analyze_scale_factor = 0,
+    autovacuum_analyze_threshold = 200000
+);
+
+-- Values are already compressed or small; spend no processor time of the writer on them.
+alter table outbox.events alter column value set storage external;
+
+comment on table outbox.events is 'Events of committed transactions that are not yet known to be published';
+comment on column outbox.events.seq is 'Order of insertion, not of commit: never use it as a cursor';
+comment on column outbox.events.id is 'Identity of the event, a UUID of version 7';
+comment on column outbox.events.topic is 'Last token of the NATS subject, invalidation.<topic>';
+comment on column outbox.events.keys is 'Cache keys that the transaction made stale';
+comment on column outbox.events.value is 'For an update: the new value of the one key, byte for byte';
+comment on column outbox.events.version is 'For an update: version of the value, taken while holding the row lock';
+comment on column outbox.events.ttl_ms is 'For an update: how long the value may be served, in milliseconds';
+comment on column outbox.events.xid is 'Transaction that enqueued the event';
+comment on column outbox.events.traceparent is 'W3C trace context of the writer';
+comment on column outbox.events.created_at is 'When the event was enqueued, by the clock of the database';
+
+create table outbox.dead_letters (
+    id uuid primary key,
+    seq bigint not null,
+    topic text not null,
+    keys text[] not null,
+    value bytea,
+    version bigint,
+    ttl_ms bigint,
+    xid xid8 not null,
+    traceparent text,
+    created_at timestamptz not null,
+    reason text not null,
+    dead_at timestamptz not null default clock_timestamp()
+);
+
+comment on table outbox.dead_letters is 'Events set aside because publishing them can never succeed; see relay dead';
+comment on column outbox.dead_letters.id is 'Identity of the event';
+comment on column outbox.dead_letters.seq is 'Its seq in outbox.events';
+comment on column outbox.dead_letters.topic is 'As in outbox.events';
+comment on column outbox.dead_letters.keys is 'As in outbox.events';
+comment on column outbox.dead_letters.value is 'As in outbox.events';
+comment on column outbox.dead_letters.version is 'As in outbox.events';
+comment on column outbox.dead_letters.ttl_ms is 'As in outbox.events';
+comment on column outbox.dead_letters.xid is 'As in outbox.events';
+comment on column outbox.dead_letters.traceparent is 'As in outbox.events';
+comment on column outbox.dead_letters.created_at is 'As in outbox.events';
+comment on column outbox.dead_letters.reason is 'Why it can never be published';
+comment on column outbox.dead_letters.dead_at is 'When it was set aside';
+
+-- What was published lately, one row per message, so that a broker that lost its disk can be given it again. Two
+-- partitions take turns and are emptied by TRUNCATE: no dead tuples, no vacuum.
+create table outbox.published (
+    half smallint not null,
+    stream_created timestamptz not null,
+    stream_seq bigint not null,
+    subject text not null,
+    message_id text not null,
+    traceparent text,
+    events integer not null,
+    body bytea not null,
+    published_at timestamptz not null default clock_timestamp()
+) partition by list (half);
+
+create table outbox.published_0 partition of outbox.published for values in (0);
+create table outbox.published_1 partition of outbox.published for values in (1);
+alter table outbox.published_0 alter column body set storage external;
+alter table outbox.published_1 alter column body set storage external;
+create index on outbox.published (stream_created, stream_seq);
+
+comment on table outbox.published is 'Envelopes published lately, kept in case the broker loses them';
+comment on column outbox.published.half is 'Which of the two partitions it is in';
+comment on column outbox.published.stream_created is 'Creation time of the stream that acknowledged it: its identity';
+comment on column outbox.published.stream_seq is 'Sequence the stream gave it, or one not below';
+comment on column outbox.published.subject is 'NATS subject';
+comment on column outbox.published.message_id is 'Nats-Msg-Id';
+comment on column outbox.published.traceparent is 'W3C trace context header';
+comment on column outbox.published.events is 'How many outbox rows it settled';
+comment on column outbox.published.body is 'The encoded envelope';
+comment on column outbox.published.published_at is 'When the acknowledgement was recorded';
+
+create table outbox.retention (
+    single boolean primary key default true check (single),
+    half smallint not null default 0,
+    rotated_at timestamptz not null default now(),
+    retained_since timestamptz not null default now()
+);
+
+insert into outbox.retention default values;
+
+comment on table outbox.retention is 'Which partition of outbox.published takes new rows; exactly one row';
+comment on column outbox.retention.single is 'Keeps the table to one row';
+comment on column outbox.retention.half is 'Partition that takes new rows';
+comment on column outbox.retention.rotated_at is 'When it began to';
+comment on column outbox.retention.retained_since is 'Everything published since is still in outbox.published';
+
+create table outbox.streams (
+    created timestamptz primary key,
+    complete_since timestamptz not null,
+    recorded_at timestamptz not null default now()
+);
+
+comment on table outbox.streams is 'Streams the relays have published to, and from when on each one is complete';
+comment on column outbox.streams.created is 'Creation time of the stream: its identity';
+comment on column outbox.streams.complete_since is 'Every event published since is in the stream or was in it';
+comment on column outbox.streams.recorded_at is 'When a relay first met the stream';
+
+-- A UUID of version 7: 48 bits of milliseconds, then version, variant and randomness (RFC 9562, section 5.7).
+create function outbox.new_id() returns uuid
+language sql volatile parallel safe
+set search_path = pg_catalog
+as $$
+    select encode(
+        set_bit(set_bit(
+            overlay(uuid_send(gen_random_uuid())
+                placing substring(int8send((extract(epoch from clock_timestamp()) * 1000)::bigint) from 3)
+                from 1 for 6),
+            52, 1), 53, 1), 'hex')::uuid
+$$;
+
+comment on function outbox.new_id is 'A fresh event id, a UUID of version 7';
+
+-- The one way in for every language. Runs in the caller's transaction; SECURITY DEFINER so that a producer needs
+-- nothing but EXECUTE on it.
+create function outbox.enqueue(
+    keys text[],
+    topic text default 'default',
+    value bytea default null,
+    version bigint default null,
+    ttl_ms bigint default null,
+    traceparent text default null,
+    id uuid default null,
+    out event_id uuid,
+    out xid xid8,
+    out seq bigint
+)
+language sql volatile security definer
+set search_path = pg_catalog
+as $$
+    insert into outbox.events as e (id, topic, keys, value, version, ttl_ms, traceparent)
+    values (coalesce(id, outbox.new_id()), coalesce(topic, 'default'), keys, value, version, ttl_ms, traceparent)
+    returning e.id, e.xid, e.seq
+$$;
+
+comment on function outbox.enqueue is
+    'Records in the current transaction that these cache keys changed; with value, version and ttl_ms: what one key holds now';
+
+-- Many events in one round trip. Arrays of the same length, one element per event; the keys of an event are an array
+-- literal, since Postgres cannot unnest arrays of arrays of different lengths.
+create function outbox.enqueue_all(
+    ids uuid[],
+    topics text[],
+    keys text[],
+    "values" bytea[],
+    versions bigint[],
+    ttls_ms bigint[],
+    traceparents text[]
+)
+returns table (event_id uuid, xid xid8, seq bigint)
+language sql volatile security definer
+set search_path = pg_catalog
+as $$
+    insert into outbox.events as e (id, topic, keys, value, version, ttl_ms, traceparent)
+    select u.id, u.topic, u.keys::text[], u.value, u.version, u.ttl_ms, u.traceparent
+    from unnest(ids, topics, keys, "values", versions, ttls_ms, traceparents)
+        with ordinality as u (id, topic, keys, value, version, ttl_ms, traceparent, ordinal)
+    order by u.ordinal
+    returning e.id, e.xid, e.seq
+$$;
+
+comment on function outbox.enqueue_all is 'outbox.enqueue for many events in one statement; used by client libraries';
