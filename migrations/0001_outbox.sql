@@ -75,8 +75,9 @@ create table outbox.events (
     autovacuum_analyze_threshold = 200000
 );
 
--- Values are already compressed or small; spend no processor time of the writer on them.
+-- Spend no processor time of the writer on compression; and the relay bounds its memory by the stored size.
 alter table outbox.events alter column value set storage external;
+alter table outbox.events alter column keys set storage external;
 
 comment on table outbox.events is 'Events of committed transactions that are not yet known to be published';
 comment on column outbox.events.seq is 'Order of insertion, not of commit: never use it as a cursor';

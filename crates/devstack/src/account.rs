@@ -27,11 +27,6 @@ impl Account {
             .context("running as root, and there is neither a postgres nor a nobody account to switch to")
     }
 
-    /// Numeric user id.
-    pub(crate) fn user(self) -> u32 {
-        self.user
-    }
-
     /// Makes `command` run as this account.
     pub(crate) fn apply(self, command: &mut Command) {
         command.uid(self.user).gid(self.group);
@@ -48,10 +43,7 @@ impl Account {
             .lines()
             .map(|line| line.split(':').collect::<Vec<_>>())
             .find(|fields| fields.first() == Some(&name))?;
-        Some(Self {
-            user: fields.get(2)?.parse().ok()?,
-            group: fields.get(3)?.parse().ok()?,
-        })
+        Some(Self { user: fields.get(2)?.parse().ok()?, group: fields.get(3)?.parse().ok()? })
     }
 }
 

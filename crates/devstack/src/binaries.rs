@@ -88,13 +88,19 @@ impl Binary {
         directories.iter().find_map(|directory| self.at(directory))
     }
 
-    /// The program at `place`, which is its file or its directory. Links are followed, because Postgres finds its
-    /// other files relative to where it really is.
+    /// The program at `place`, which is its file or its directory.
     fn at(self, place: &Path) -> Option<PathBuf> {
         let file = if place.is_dir() { place.join(self.program()) } else { place.to_owned() };
-        let file = file.canonicalize().ok().filter(|file| file.is_file())?;
-        let complete = self != Self::Postgres || file.with_file_name("initdb").is_file();
-        complete.then_some(file)
+        if !file.is_file() {
+            return None;
+        }
+        if self != Self::Postgres {
+            // Not resolved further: Redis is many programs in one file, and goes by the name it is called.
+            return std::path::absolute(file).ok();
+        }
+        // Postgres finds its other files relative to where it really is.
+        let file = file.canonicalize().ok()?;
+        file.with_file_name("initdb").is_file().then_some(file)
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 
+use crate::base_directory::base_directory;
 use crate::watchdog::{self, Watchdog};
 
 /// A temporary directory that holds servers' data and logs, and the watchdog that removes it.
@@ -29,10 +30,10 @@ impl StackDirectory {
     /// When the system's temporary directory or `sh` is unusable.
     pub fn create() -> Result<Arc<Self>> {
         let path = tempfile::Builder::new()
-            .prefix("devstack-")
+            .prefix("")
             // Postgres may run as another user than this process.
             .permissions(std::fs::Permissions::from_mode(0o755))
-            .tempdir()
+            .tempdir_in(base_directory()?)
             .context("cannot create a temporary directory")?
             .keep();
         let watchdog = Watchdog::start(&path)?;

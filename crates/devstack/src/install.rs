@@ -43,7 +43,9 @@ pub fn install_missing() -> Result<()> {
 
 impl Manager {
     fn detect() -> Option<Self> {
-        [Self::AptGet, Self::Dnf, Self::Apk, Self::Brew].into_iter().find(|manager| succeeds(manager.program(), &["--version"]))
+        [Self::AptGet, Self::Dnf, Self::Apk, Self::Brew]
+            .into_iter()
+            .find(|manager| succeeds(manager.program(), &["--version"]))
     }
 
     fn program(self) -> &'static str {
@@ -75,7 +77,9 @@ impl Manager {
         match self {
             Self::AptGet => vec![
                 format!("{sudo}apt-get update"),
-                format!("{sudo}env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends {packages}"),
+                format!(
+                    "{sudo}env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends {packages}"
+                ),
             ],
             Self::Dnf => vec![format!("{sudo}dnf install -y {packages}")],
             Self::Apk => vec![format!("{sudo}apk add {packages}")],
@@ -103,7 +107,9 @@ fn run(command: &str) -> Result<()> {
 }
 
 fn by_hand(missing: &[Binary]) -> String {
-    let programs: Vec<String> =
-        missing.iter().map(|binary| format!("{} (then set {})", binary.program(), binary.environment_variable())).collect();
+    let programs: Vec<String> = missing
+        .iter()
+        .map(|binary| format!("{} (then set {})", binary.program(), binary.environment_variable()))
+        .collect();
     format!("no package manager here provides these; install by hand: {}", programs.join(", "))
 }

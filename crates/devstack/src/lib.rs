@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 mod account;
+mod base_directory;
 mod binaries;
 mod copy;
 mod directory;

@@ -1,16 +1,14 @@
 //! Ports nobody else takes.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::hash::{BuildHasher, RandomState};
-use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::ops::RangeInclusive;
-use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
-use crate::account::effective_user;
+use crate::base_directory::{base_directory, create};
 
 /// Below the range the kernel hands out for outgoing connections (32768 and up on Linux), above well-known servers.
 const PORTS: RangeInclusive<u16> = 15_000..=31_999;
@@ -56,7 +54,8 @@ impl Port {
 
     /// Tries the range in order from a random start, so that processes starting together rarely meet.
     fn search(range: RangeInclusive<u16>, offsets: &[u16]) -> Result<Self> {
-        let directory = lock_directory()?;
+        let directory = base_directory()?.join("ports");
+        create(&directory, 0o700)?;
         let length = u64::from(range.end() - range.start()) + 1;
         let start = RandomState::new().hash_one(std::process::id()) % length;
         for step in 0..length {
@@ -72,18 +71,8 @@ impl Port {
     }
 }
 
-fn lock_directory() -> Result<PathBuf> {
-    let directory = std::env::temp_dir().join(format!("devstack-ports-{}", effective_user()));
-    match DirBuilder::new().mode(0o700).create(&directory) {
-        Err(error) if error.kind() != ErrorKind::AlreadyExists => {
-            Err(error).with_context(|| format!("cannot create {}", directory.display()))
-        }
-        _ => Ok(directory),
-    }
-}
-
 /// The lock on one port, or `None` when somebody holds it or listens there.
-fn lock(directory: &std::path::Path, number: u16) -> Result<Option<File>> {
+fn lock(directory: &Path, number: u16) -> Result<Option<File>> {
     let path = directory.join(number.to_string());
     let file = OpenOptions::new()
         .create(true)

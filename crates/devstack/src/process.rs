@@ -1,16 +1,16 @@
 //! A child process that can be killed, stopped and started again.
 
+mod log;
 mod usage;
 
 use std::fs::OpenOptions;
-use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 
 use crate::directory::StackDirectory;
@@ -23,9 +23,6 @@ const TERMINATE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a process may take over its own clean-up when it is dropped, before it is killed.
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(3);
-
-/// Enough of a log to see why a server failed.
-const LOG_TAIL_LINES: usize = 30;
 
 /// A child process with its log file. Dropping it kills it and everything it started.
 ///
@@ -163,7 +160,12 @@ impl Process {
     pub async fn wait_exit(&self, deadline: Duration) -> Result<ExitStatus> {
         let end = Instant::now() + deadline;
         while self.is_running() {
-            ensure!(Instant::now() < end, "{} has not ended within {deadline:?}\n{}", self.name, self.log_tail());
+            ensure!(
+                Instant::now() < end,
+                "{} has not ended within {deadline:?}\n{}",
+                self.name,
+                self.log_tail()
+            );
             tokio::time::sleep(POLL_INTERVAL).await;
         }
         self.state().exit.with_context(|| format!("{} was never started", self.name))
@@ -189,56 +191,9 @@ impl Process {
         self.state().exit
     }
 
-    /// Where standard output and error go.
-    #[must_use]
-    pub fn log_path(&self) -> &Path {
-        &self.log_path
-    }
-
-    /// Everything the process has written, in all its runs.
-    #[must_use]
-    pub fn log(&self) -> String {
-        self.log_from(0).unwrap_or_default()
-    }
-
-    /// Waits until a line that contains `text` appears in the log of the current run, and returns that line.
-    ///
-    /// # Errors
-    /// When `deadline` passes first, or the process ends without writing it.
-    pub async fn wait_for_log(&self, text: &str, deadline: Duration) -> Result<String> {
-        let end = Instant::now() + deadline;
-        loop {
-            let running = self.is_running();
-            let log = self.log_from(self.state().log_start)?;
-            if let Some(line) = log.lines().find(|line| line.contains(text)) {
-                return Ok(line.to_owned());
-            }
-            if !running || Instant::now() > end {
-                bail!("{} has not logged {text:?} within {deadline:?}\n{}", self.name, self.log_tail());
-            }
-            tokio::time::sleep(POLL_INTERVAL).await;
-        }
-    }
-
-    /// The end of the log, for error messages.
-    pub(crate) fn log_tail(&self) -> String {
-        let log = self.log();
-        let lines: Vec<&str> = log.lines().collect();
-        let tail = &lines[lines.len().saturating_sub(LOG_TAIL_LINES)..];
-        format!("--- end of {} ---\n{}", self.log_path.display(), tail.join("\n"))
-    }
-
     /// The directory this process belongs to.
     pub(crate) fn directory(&self) -> &Arc<StackDirectory> {
         &self.directory
-    }
-
-    fn log_from(&self, offset: u64) -> Result<String> {
-        let mut file = std::fs::File::open(&self.log_path)?;
-        file.seek(SeekFrom::Start(offset))?;
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes)?;
-        Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
     /// The state, after noticing that the process may have ended.

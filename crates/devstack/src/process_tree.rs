@@ -3,6 +3,7 @@
 //! Postgres backends are sessions of their own, so a process group does not reach them; walking from parent to child
 //! does.
 
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -13,12 +14,25 @@ use rustix::process::{Pid, Signal, kill_process};
 /// A killed process is gone within milliseconds, unless the kernel is writing for it.
 const DEATH_TIMEOUT: Duration = Duration::from_secs(10);
 
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
+
 /// One row of the process table.
 struct Row {
     process: u32,
     parent: u32,
+    /// As `ps` abbreviates it.
+    state: char,
+}
+
+impl Row {
     /// A zombie holds no port, no file and no memory.
-    dead: bool,
+    fn is_alive(&self) -> bool {
+        !matches!(self.state, 'Z' | 'X')
+    }
+
+    fn is_running(&self) -> bool {
+        self.is_alive() && !matches!(self.state, 'T' | 't')
+    }
 }
 
 /// Sends `signal` to the root, then to its descendants.
@@ -29,15 +43,21 @@ pub(crate) fn signal(root: u32, signal: Signal) -> Result<()> {
 
 /// Kills the root and its descendants, and waits until they are gone. The caller reaps the root.
 pub(crate) fn kill(root: u32) -> Result<()> {
+    let deadline = Instant::now() + DEATH_TIMEOUT;
     // A stopped parent starts no new children, so the list is complete.
     send(root, Signal::STOP)?;
+    while row(root)?.is_some_and(|row| row.is_running()) {
+        ensure!(Instant::now() < deadline, "process {root} does not stop");
+        std::thread::sleep(POLL_INTERVAL);
+    }
     let mut processes = descendants(root)?;
     processes.insert(0, root);
     processes.iter().try_for_each(|&process| send(process, Signal::KILL))?;
-    let deadline = Instant::now() + DEATH_TIMEOUT;
-    while any_alive(&processes)? {
-        ensure!(Instant::now() < deadline, "process {root} or a child of it survives SIGKILL");
-        std::thread::sleep(Duration::from_millis(1));
+    for process in processes {
+        while row(process)?.is_some_and(|row| row.is_alive()) {
+            ensure!(Instant::now() < deadline, "process {process} survives SIGKILL");
+            std::thread::sleep(POLL_INTERVAL);
+        }
     }
     Ok(())
 }
@@ -57,15 +77,20 @@ pub(crate) fn descendants(root: u32) -> Result<Vec<u32>> {
     let mut found = vec![root];
     let mut next = 0;
     while let Some(&parent) = found.get(next) {
-        found.extend(table.iter().filter(|row| row.parent == parent && !row.dead).map(|row| row.process));
+        found
+            .extend(table.iter().filter(|row| row.parent == parent && row.is_alive()).map(|row| row.process));
         next += 1;
     }
     found.remove(0);
     Ok(found)
 }
 
-fn any_alive(processes: &[u32]) -> Result<bool> {
-    Ok(table()?.iter().any(|row| !row.dead && processes.contains(&row.process)))
+/// One process, if it exists.
+fn row(process: u32) -> Result<Option<Row>> {
+    if Path::new("/proc/self").exists() {
+        return Ok(row_from_proc(process));
+    }
+    Ok(table_from_ps()?.into_iter().find(|row| row.process == process))
 }
 
 fn table() -> Result<Vec<Row>> {
@@ -78,11 +103,7 @@ fn table() -> Result<Vec<Row>> {
 
 fn row_from_proc(process: u32) -> Option<Row> {
     let fields = stat_fields(process)?;
-    Some(Row {
-        process,
-        parent: fields.get(1)?.parse().ok()?,
-        dead: matches!(fields.first()?.as_str(), "Z" | "X"),
-    })
+    Some(Row { process, parent: fields.get(1)?.parse().ok()?, state: fields.first()?.chars().next()? })
 }
 
 /// The fields of `/proc/<process>/stat` from the state on, which is the third.
@@ -95,14 +116,15 @@ pub(crate) fn stat_fields(process: u32) -> Option<Vec<String>> {
 
 /// For systems without `/proc`.
 fn table_from_ps() -> Result<Vec<Row>> {
-    let output = Command::new("ps").args(["-A", "-o", "pid=,ppid=,state="]).output().context("cannot run ps")?;
+    let output =
+        Command::new("ps").args(["-A", "-o", "pid=,ppid=,state="]).output().context("cannot run ps")?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let row = |line: &str| {
         let mut fields = line.split_whitespace();
         Some(Row {
             process: fields.next()?.parse().ok()?,
             parent: fields.next()?.parse().ok()?,
-            dead: fields.next()?.starts_with('Z'),
+            state: fields.next()?.chars().next()?,
         })
     };
     Ok(text.lines().filter_map(row).collect())

@@ -19,11 +19,16 @@ const POLL_INTERVAL: Duration = Duration::from_millis(2);
 ///
 /// # Errors
 /// When the process ends or [`START_TIMEOUT`] passes; with the last error and the end of the log.
-pub(crate) async fn wait_until_ready(process: &Process, mut probe: impl AsyncFnMut() -> Result<()>) -> Result<()> {
+pub(crate) async fn wait_until_ready(
+    process: &Process,
+    mut probe: impl AsyncFnMut() -> Result<()>,
+) -> Result<()> {
     let deadline = Instant::now() + START_TIMEOUT;
     loop {
         let attempt = timeout(PROBE_TIMEOUT, probe()).await;
-        let Err(error) = attempt.unwrap_or_else(|_elapsed| Err(anyhow!("no answer within {PROBE_TIMEOUT:?}"))) else {
+        let Err(error) =
+            attempt.unwrap_or_else(|_elapsed| Err(anyhow!("no answer within {PROBE_TIMEOUT:?}")))
+        else {
             return Ok(());
         };
         if !process.is_running() {

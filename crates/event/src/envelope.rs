@@ -82,17 +82,46 @@ struct WireEvent {
     traceparent: Option<Traceparent>,
 }
 
-/// The borrowed form of [`WireEvent`]: writing copies nothing.
-#[derive(Serialize)]
-struct WireEventRef<'a> {
-    id: EventId,
-    keys: &'a [CacheKey],
+/// The borrowed form of a [`CommittedEvent`]: writing it copies nothing but the value of an update.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct CommittedEventRef<'a> {
+    /// As in [`CommittedEvent`].
+    pub id: EventId,
+    /// As in [`CommittedEvent`].
+    pub keys: &'a [CacheKey],
+    /// As in [`CommittedEvent`].
+    #[serde(rename = "update", skip_serializing_if = "is_delete", serialize_with = "write_update")]
+    pub change: &'a Change,
+    /// As in [`CommittedEvent`].
+    pub xids: &'a [u64],
+    /// As in [`CommittedEvent`].
+    pub at_us: i64,
+    /// As in [`CommittedEvent`].
     #[serde(skip_serializing_if = "Option::is_none")]
-    update: Option<WireUpdate>,
-    xids: &'a [u64],
-    at_us: i64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    traceparent: Option<&'a Traceparent>,
+    pub traceparent: Option<&'a Traceparent>,
+}
+
+fn is_delete(change: &&Change) -> bool {
+    matches!(change, Change::Delete)
+}
+
+fn write_update<S: serde::Serializer>(change: &&Change, serializer: S) -> Result<S::Ok, S::Error> {
+    WireUpdate::from_change(change).serialize(serializer)
+}
+
+impl CommittedEvent {
+    /// The same event, borrowed.
+    #[must_use]
+    pub fn borrowed(&self) -> CommittedEventRef<'_> {
+        CommittedEventRef {
+            id: self.id,
+            keys: &self.keys,
+            change: &self.change,
+            xids: &self.xids,
+            at_us: self.at_us,
+            traceparent: self.traceparent.as_ref(),
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -125,7 +154,7 @@ impl Envelope {
     pub fn encode(&self) -> Vec<u8> {
         let mut writer = EnvelopeWriter::new(usize::MAX);
         for event in &self.events {
-            let fits = writer.push(event);
+            let fits = writer.push(event.borrowed());
             debug_assert!(fits, "nothing is longer than usize::MAX");
         }
         writer.finish()
@@ -181,20 +210,12 @@ impl EnvelopeWriter {
 
     /// Adds an event, or leaves the envelope as it was and says `false` if it does not fit any more.
     #[must_use = "an event that does not fit is not added"]
-    pub fn push(&mut self, event: &CommittedEvent) -> bool {
+    pub fn push(&mut self, event: CommittedEventRef<'_>) -> bool {
         let before = self.body.len();
         if self.events > 0 {
             self.body.push(b',');
         }
-        let wire = WireEventRef {
-            id: event.id,
-            keys: &event.keys,
-            update: WireUpdate::from_change(&event.change),
-            xids: &event.xids,
-            at_us: event.at_us,
-            traceparent: event.traceparent.as_ref(),
-        };
-        serde_json::to_writer(&mut self.body, &wire).expect("plain data always serializes into memory");
+        serde_json::to_writer(&mut self.body, &event).expect("plain data always serializes into memory");
         if self.body.len().saturating_add(CLOSING.len()) > self.max_bytes {
             self.body.truncate(before);
             return false;
@@ -207,6 +228,12 @@ impl EnvelopeWriter {
     #[must_use]
     pub fn events(&self) -> usize {
         self.events
+    }
+
+    /// Size of the body so far, in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.body.len() + CLOSING.len()
     }
 
     /// The finished body.

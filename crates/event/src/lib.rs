@@ -4,11 +4,12 @@ mod change;
 mod envelope;
 mod event;
 mod key;
+pub mod nats;
 mod topic;
 mod traceparent;
 
 pub use change::{Change, InvalidUpdate, MAX_TTL, MAX_VALUE_BYTES};
-pub use envelope::{CommittedEvent, DecodeError, Envelope, EnvelopeWriter, WIRE_VERSION};
+pub use envelope::{CommittedEvent, CommittedEventRef, DecodeError, Envelope, EnvelopeWriter, WIRE_VERSION};
 pub use event::{Event, EventId, InvalidEvent, MAX_KEYS};
 pub use key::{CacheKey, InvalidKey, MAX_KEY_BYTES};
 pub use topic::{InvalidTopic, MAX_TOPIC_BYTES, Topic};

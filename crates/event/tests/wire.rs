@@ -94,7 +94,7 @@ fn a_writer_never_exceeds_its_limit_and_keeps_what_it_took() {
     let one = event(&["user:123:profile"], Change::Delete);
     let single = Envelope { events: vec![one.clone()] }.encode().len();
     let mut writer = EnvelopeWriter::new(single * 2);
-    while writer.push(&one) {}
+    while writer.push(one.borrowed()) {}
     let events = writer.events();
     let body = writer.finish();
     assert!(events >= 2 && body.len() <= single * 2);

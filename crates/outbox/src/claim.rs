@@ -13,6 +13,8 @@ use crate::enqueue::{update_columns, xid};
 pub struct ClaimOptions {
     /// Most rows to take at once.
     pub limit: i64,
+    /// Most bytes of keys and values to take at once; a single row may exceed it.
+    pub max_bytes: i64,
     /// Skip rows below this `seq`: what was deleted there is still in the index until vacuum, and scanning it costs.
     /// Rows of transactions that commit late can be below it, so claim from 0 now and then.
     pub from_seq: i64,
@@ -68,11 +70,17 @@ struct Columns {
 /// statement was planned, and the server must end the transaction if the relay hangs with rows in hand.
 const BEGIN: &str = "begin; set local enable_seqscan = off; set local idle_in_transaction_session_timeout = ";
 
-/// Rows are deleted by physical address, which the row lock pins: no second descent of the index.
+/// Rows are deleted by physical address, which the row lock pins: no second descent of the index. Of the locked rows only
+/// those are taken that fit the byte budget, and always the first; the others are free again at the end of the claim.
 const TAKE: &str = "
     delete from outbox.events
     where ctid = any(array(
-        select ctid from outbox.events where seq >= $1 order by seq limit $2 for update skip locked))
+        select ctid from (
+            select ctid, sum(bytes) over (order by seq) - bytes as bytes_before from (
+                select ctid, seq, coalesce(octet_length(value), 0) + pg_column_size(keys) as bytes
+                from outbox.events where seq >= $1 order by seq limit $2 for update skip locked
+            ) locked
+        ) measured where bytes_before < $3))
     returning seq, id, topic, keys, value, version, ttl_ms, xid, traceparent, created_at";
 
 /// Whether any row at or above `from_seq` waits, claimed by another relay or not. The cheapest question there is: one
@@ -104,6 +112,7 @@ impl Claim {
             .persistent(options.prepared)
             .bind(options.from_seq)
             .bind(options.limit)
+            .bind(options.max_bytes)
             .fetch_all(&mut *tx)
             .await?;
         let mut claimed = Vec::with_capacity(rows.len());

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, PgConnection, PgPool, Postgres, Row, Transaction};
@@ -23,7 +24,7 @@ pub struct Published {
     /// How many outbox rows it settled.
     pub events: i32,
     /// The encoded envelope.
-    pub body: Vec<u8>,
+    pub body: Bytes,
     /// Sequence the stream gave it.
     pub stream_seq: i64,
 }
@@ -76,7 +77,7 @@ impl Claim {
         .bind(column(|envelope| &envelope.message_id))
         .bind(envelopes.iter().map(|envelope| envelope.traceparent.as_deref()).collect::<Vec<_>>())
         .bind(envelopes.iter().map(|envelope| envelope.events).collect::<Vec<_>>())
-        .bind(envelopes.iter().map(|envelope| envelope.body.as_slice()).collect::<Vec<_>>())
+        .bind(envelopes.iter().map(|envelope| envelope.body.as_ref()).collect::<Vec<_>>())
         .bind(envelopes.iter().map(|envelope| envelope.stream_seq).collect::<Vec<_>>())
         .execute(connection)
         .await
@@ -243,7 +244,7 @@ fn published(row: &PgRow) -> Result<Published, sqlx::Error> {
         message_id: row.try_get(1)?,
         traceparent: row.try_get(2)?,
         events: row.try_get(3)?,
-        body: row.try_get(4)?,
+        body: row.try_get::<Vec<u8>, _>(4)?.into(),
         stream_seq: row.try_get(5)?,
     })
 }

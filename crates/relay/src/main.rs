@@ -1,2 +1,27 @@
-//! relay
-fn main() {}
+//! The relay: takes committed events from the outbox and publishes them to NATS JetStream.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use relay::admin::{self, Command};
+use relay::{Config, FAILPOINTS};
+use service::Boot;
+
+/// Publishes the cache invalidations of committed Postgres transactions to NATS JetStream
+#[derive(Debug, Parser)]
+#[command(name = "relay", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    config: Config,
+}
+
+fn main() -> ExitCode {
+    let cli: Cli = service::parse();
+    let options = cli.config.service.clone();
+    Boot { name: "relay", failpoints: FAILPOINTS }.run(&options, async move |shutdown| match cli.command {
+        None | Some(Command::Run) => relay::run(cli.config, shutdown).await,
+        Some(command) => admin::execute(command, &cli.config).await,
+    })
+}

@@ -76,7 +76,8 @@ impl Boot {
         R: Future<Output = Result<(), E>>,
         E: Into<BoxError>,
     {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name(self.name).build()?;
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().enable_all().thread_name(self.name).build()?;
         let guard = {
             let _within = runtime.enter();
             logs::init(self.name, log)?
@@ -122,7 +123,8 @@ fn one_line(error: &(dyn Error + 'static)) -> String {
 }
 
 fn exit_code(error: &(dyn Error + 'static)) -> ExitCode {
-    let is_usage = |cause: &(dyn Error + 'static)| cause.is::<UsageError>() || cause.is::<failpoint::FailpointError>();
+    let is_usage =
+        |cause: &(dyn Error + 'static)| cause.is::<UsageError>() || cause.is::<failpoint::FailpointError>();
     if causes(error).any(is_usage) { ExitCode::from(EXIT_USAGE) } else { ExitCode::FAILURE }
 }
 

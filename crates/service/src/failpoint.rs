@@ -50,7 +50,8 @@ pub fn init(known: &[&str]) -> Result<(), FailpointError> {
     for (name, plan) in &plans {
         tracing::warn!(failpoint = name, action = ?plan.action, at_hit = plan.at_hit, "failpoint {name} is armed");
     }
-    let armed = plans.into_iter().map(|(name, plan)| (name, Failpoint { plan, hits: AtomicU64::new(0) })).collect();
+    let armed =
+        plans.into_iter().map(|(name, plan)| (name, Failpoint { plan, hits: AtomicU64::new(0) })).collect();
     if ARMED.set(armed).is_ok() {
         ANY_ARMED.store(true, Ordering::Release);
     }

@@ -100,7 +100,8 @@ impl Health {
     #[must_use]
     pub fn snapshot(&self) -> HealthSnapshot {
         let now_ms = millis_since(self.shared.started);
-        let components = locked(&self.shared.components).iter().map(|record| record.snapshot(now_ms)).collect();
+        let components =
+            locked(&self.shared.components).iter().map(|record| record.snapshot(now_ms)).collect();
         HealthSnapshot { draining: self.shared.draining.load(Ordering::Relaxed), components }
     }
 }

@@ -112,7 +112,11 @@ async fn live(State(served): State<Served>) -> impl IntoResponse {
     let body: String = dead
         .map(|component| format!("{}: no progress for {} s\n", component.name, component.silent.as_secs()))
         .collect();
-    if snapshot.is_live() { (StatusCode::OK, "live\n".to_owned()) } else { (StatusCode::SERVICE_UNAVAILABLE, body) }
+    if snapshot.is_live() {
+        (StatusCode::OK, "live\n".to_owned())
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, body)
+    }
 }
 
 async fn ready(State(served): State<Served>) -> impl IntoResponse {

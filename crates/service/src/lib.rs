@@ -9,6 +9,7 @@ pub mod health;
 pub mod http;
 pub mod logs;
 pub mod metrics;
+pub mod nats;
 mod otlp;
 pub mod secret_url;
 pub mod shutdown;

@@ -12,11 +12,13 @@ use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, Promet
 /// Buckets of histograms whose names end in `_seconds`: from 250 µs, below a local round trip, to 60 s, beyond every
 /// timeout.
 const SECONDS: &[f64] = &[
-    0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+    0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+    60.0,
 ];
 
 /// Buckets of all other histograms (events, keys, bytes): powers of four up to a mebibyte, the usual largest message.
-const SIZES: &[f64] = &[1.0, 4.0, 16.0, 64.0, 256.0, 1_024.0, 4_096.0, 16_384.0, 65_536.0, 262_144.0, 1_048_576.0];
+const SIZES: &[f64] =
+    &[1.0, 4.0, 16.0, 64.0, 256.0, 1_024.0, 4_096.0, 16_384.0, 65_536.0, 262_144.0, 1_048_576.0];
 
 /// How often histograms' pending samples are folded in, which bounds their memory between scrapes.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
@@ -47,7 +49,9 @@ impl Metrics {
         }
         let handle = PrometheusBuilder::new()
             .set_buckets(SIZES)
-            .and_then(|builder| builder.set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), SECONDS))
+            .and_then(|builder| {
+                builder.set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), SECONDS)
+            })
             .and_then(PrometheusBuilder::install_recorder)
             .map_err(MetricsError)?;
         Ok(installed.insert(Self { handle }).clone())

@@ -43,7 +43,10 @@ pub(crate) fn parse_endpoint(text: &str) -> Result<String, EndpointError> {
 ///
 /// Sampling, headers and batch sizes follow OpenTelemetry's own variables (`OTEL_TRACES_SAMPLER`,
 /// `OTEL_EXPORTER_OTLP_HEADERS`, `OTEL_BSP_*`).
-pub(crate) fn provider(service: &'static str, endpoint: &str) -> Result<SdkTracerProvider, ExporterBuildError> {
+pub(crate) fn provider(
+    service: &'static str,
+    endpoint: &str,
+) -> Result<SdkTracerProvider, ExporterBuildError> {
     let exporter = opentelemetry_otlp::SpanExporter::builder()
         .with_http()
         .with_protocol(Protocol::HttpBinary)

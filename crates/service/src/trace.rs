@@ -23,7 +23,8 @@ pub fn is_valid(traceparent: &str) -> bool {
 /// To be called right after the span's creation, as a span that has been entered has its parent for good. Returns
 /// whether the parent was set, which it never is without an OTLP endpoint.
 pub fn parent_from(span: &Span, traceparent: &str) -> bool {
-    parse(traceparent).is_some_and(|parent| span.set_parent(Context::new().with_remote_span_context(parent)).is_ok())
+    parse(traceparent)
+        .is_some_and(|parent| span.set_parent(Context::new().with_remote_span_context(parent)).is_ok())
 }
 
 /// Links `span` to the span that `traceparent` names: for work on many events, each with a trace of its own.
@@ -50,8 +51,13 @@ fn parse(text: &str) -> Option<SpanContext> {
     let (version, trace, span, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
     let lengths_fit = (version.len(), trace.len(), span.len(), flags.len()) == (2, 32, 16, 2);
     // Later versions may append fields; version ff is forbidden.
-    let version_fits = if version == "00" { later.is_empty() } else { later.is_empty() || later.starts_with('-') };
-    if !lengths_fit || !version_fits || version == "ff" || ![version, trace, span, flags].into_iter().all(is_hex) {
+    let version_fits =
+        if version == "00" { later.is_empty() } else { later.is_empty() || later.starts_with('-') };
+    if !lengths_fit
+        || !version_fits
+        || version == "ff"
+        || ![version, trace, span, flags].into_iter().all(is_hex)
+    {
         return None;
     }
     let context = SpanContext::new(
@@ -108,7 +114,8 @@ mod tests {
     #[test]
     fn a_child_span_carries_its_parents_trace_on() {
         let tracer = SdkTracerProvider::builder().build().tracer("test");
-        let subscriber = tracing_subscriber::registry().with(tracing_opentelemetry::layer().with_tracer(tracer));
+        let subscriber =
+            tracing_subscriber::registry().with(tracing_opentelemetry::layer().with_tracer(tracer));
         tracing::subscriber::with_default(subscriber, || {
             let span = tracing::info_span!("work");
             assert!(parent_from(&span, PARENT));

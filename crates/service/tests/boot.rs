@@ -3,6 +3,8 @@
 //! Each test starts this test binary again to run `daemon` alone, told what to do by environment variables; only a
 //! process of its own can be killed, or given an environment.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 use std::{
     error::Error,
     io::{BufRead, BufReader, Read},
@@ -38,7 +40,7 @@ fn daemon() {
 
 async fn run(ending: String, shutdown: Shutdown) -> Result<(), Box<dyn Error + Send + Sync>> {
     for _ in 0..2 {
-        tracing::info!("started");
+        tracing::info_span!("starting").in_scope(|| tracing::info!("started"));
         failpoint::hit("daemon.started").await;
     }
     match ending.as_str() {
@@ -89,7 +91,15 @@ impl Daemon {
 
     fn end(mut self) -> (ExitStatus, String) {
         self.stderr.read_to_string(&mut self.log).unwrap();
-        (self.child.wait().unwrap(), self.log)
+        (self.child.wait().unwrap(), std::mem::take(&mut self.log))
+    }
+}
+
+impl Drop for Daemon {
+    /// Leaves no process behind when a test fails.
+    fn drop(&mut self) {
+        let _ended_already = self.child.kill();
+        let _status = self.child.wait();
     }
 }
 
@@ -126,9 +136,28 @@ fn an_error_is_the_last_line_and_exits_with_one() {
 #[test]
 fn a_json_log_ends_in_json_too() {
     let (_, log) = start("fail", &[("LOG_FORMAT", "json")]).end();
-    let lines: Vec<serde_json::Value> = log.lines().map(|line| serde_json::from_str(line).expect(line)).collect();
+    let lines: Vec<serde_json::Value> =
+        log.lines().map(|line| serde_json::from_str(line).expect(line)).collect();
     assert_eq!(lines[0]["message"], "started");
     assert_eq!(lines.last().unwrap()["message"], "the broker is gone");
+}
+
+#[test]
+fn an_empty_variable_counts_as_not_set() {
+    let empty = ["DRAIN_TIMEOUT", "LOG_FORMAT", "RUST_LOG", "OTEL_EXPORTER_OTLP_ENDPOINT", "FAILPOINTS"];
+    let (status, log) = start("fail", &empty.map(|variable| (variable, ""))).end();
+    assert_eq!(status.code(), Some(1), "{log}");
+    assert_eq!(log.lines().last(), Some("error: the broker is gone"), "{log}");
+}
+
+#[test]
+fn an_unreachable_collector_is_reported_once_and_does_not_hold_up_the_exit() {
+    let begin = Instant::now();
+    let (status, log) = start("fail", &[("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")]).end();
+    assert_eq!(status.code(), Some(1), "{log}");
+    assert_eq!(log.matches("spans cannot be exported").count(), 1, "{log}");
+    assert_eq!(log.lines().last(), Some("error: the broker is gone"), "{log}");
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}: {log}", begin.elapsed());
 }
 
 #[test]
@@ -136,10 +165,19 @@ fn misuse_and_bad_variables_exit_with_two_and_name_what_is_wrong() {
     for (environment, part) in [
         (("RUST_LOG", "info"), "TOPIC is empty"),
         (("RUST_LOG", "daemon=loud"), "'--log <FILTER> from environment variable RUST_LOG'"),
-        (("DRAIN_TIMEOUT", "10"), "'--drain-timeout <DURATION> from environment variable DRAIN_TIMEOUT': not a duration"),
+        (
+            ("DRAIN_TIMEOUT", "10"),
+            "'--drain-timeout <DURATION> from environment variable DRAIN_TIMEOUT': not a duration",
+        ),
         (("LOG_FORMAT", "xml"), "'--log-format <LOG_FORMAT> from environment variable LOG_FORMAT'"),
-        (("OTEL_EXPORTER_OTLP_ENDPOINT", "https://collector"), "variable OTEL_EXPORTER_OTLP_ENDPOINT': only http://"),
-        (("FAILPOINTS", "daemon.nowhere=kill"), "error: FAILPOINTS: this program has no failpoint \"daemon.nowhere\""),
+        (
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://collector"),
+            "variable OTEL_EXPORTER_OTLP_ENDPOINT': only http://",
+        ),
+        (
+            ("FAILPOINTS", "daemon.nowhere=kill"),
+            "error: FAILPOINTS: this program has no failpoint \"daemon.nowhere\"",
+        ),
     ] {
         let (status, log) = start("misuse", &[environment]).end();
         assert_eq!(status.code(), Some(2), "{environment:?}: {log}");

@@ -1,5 +1,7 @@
 //! The operators' endpoints, as a client sees them.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 use std::time::Duration;
 
 use service::{Health, HttpServer, Limits, Metrics};
@@ -90,8 +92,9 @@ async fn the_index_names_the_endpoints_and_other_paths_are_not_found() {
 async fn an_address_in_use_is_reported_with_the_option_that_sets_it() {
     let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let addr = taken.local_addr().unwrap();
-    let error =
-        HttpServer::start(addr, Health::new(), Metrics::install().unwrap()).await.expect_err("the address is taken");
+    let error = HttpServer::start(addr, Health::new(), Metrics::install().unwrap())
+        .await
+        .expect_err("the address is taken");
     assert_eq!(error.to_string(), format!("cannot listen on {addr} (set by HTTP_ADDR or --http-addr)"));
 }
 

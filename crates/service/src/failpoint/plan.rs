@@ -123,7 +123,10 @@ mod tests {
     fn every_mistake_is_refused_with_the_part_that_is_wrong() {
         for (text, part) in [
             ("relay.after_claim", "\"relay.after_claim\" is not of the form name=action"),
-            ("relay.nowhere=kill", "no failpoint \"relay.nowhere\"; it has relay.after_claim, relay.after_publish"),
+            (
+                "relay.nowhere=kill",
+                "no failpoint \"relay.nowhere\"; it has relay.after_claim, relay.after_publish",
+            ),
             ("relay.after_claim=kil", "\"kil\" is not an action"),
             ("relay.after_claim=sleep(5)", "\"sleep(5)\" is not an action"),
             ("relay.after_claim=kill@0", "\"0\" after @"),

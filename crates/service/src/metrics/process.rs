@@ -5,11 +5,29 @@ use std::{fmt::Write as _, fs};
 /// Appends what `/proc` tells at this moment; on a system without it, nothing.
 pub(super) fn render(text: &mut String) {
     let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    write_metric(text, "process_cpu_seconds_total", "counter", "CPU time used, in seconds", cpu_seconds(&stat));
-    write_metric(text, "process_resident_memory_bytes", "gauge", "Resident memory, in bytes", resident_bytes(&stat));
+    write_metric(
+        text,
+        "process_cpu_seconds_total",
+        "counter",
+        "CPU time used, in seconds",
+        cpu_seconds(&stat),
+    );
+    write_metric(
+        text,
+        "process_resident_memory_bytes",
+        "gauge",
+        "Resident memory, in bytes",
+        resident_bytes(&stat),
+    );
     write_metric(text, "process_open_fds", "gauge", "Open file descriptors", open_files());
     let started = fs::read_to_string("/proc/stat").ok().and_then(|system| start_seconds(&stat, &system));
-    write_metric(text, "process_start_time_seconds", "gauge", "Start, in seconds since the Unix epoch", started);
+    write_metric(
+        text,
+        "process_start_time_seconds",
+        "gauge",
+        "Start, in seconds since the Unix epoch",
+        started,
+    );
 }
 
 fn write_metric(text: &mut String, name: &str, kind: &str, help: &str, value: Option<f64>) {

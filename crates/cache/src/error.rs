@@ -1,0 +1,104 @@
+use deadpool_redis::redis::{self, ErrorKind, ServerErrorKind};
+
+/// Why Redis did not do what was asked. Every variant is a decision for the caller.
+#[derive(Debug, thiserror::Error)]
+pub enum RedisError {
+    /// No answer, or not now: connection refused, timeout, loading, failing over. Try again later.
+    #[error("redis is not available")]
+    Unavailable(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The credentials or rights are not enough. Someone has to change them; trying again does not help by itself.
+    #[error("redis refuses the command with {code}")]
+    Refused {
+        /// The code Redis answered, such as `NOPERM`.
+        code: String,
+        /// The whole answer.
+        #[source]
+        source: redis::RedisError,
+    },
+    /// The configuration cannot work. The text never contains a password.
+    #[error("redis configuration is not usable: {0}")]
+    Config(String),
+    /// Redis may evict keys that have no TTL, and with them the marks that strict writes depend on.
+    #[error(
+        "redis evicts keys without a TTL (maxmemory-policy {policy}), marks of strict writes among them; \
+         set maxmemory-policy to noeviction or to a volatile-* policy"
+    )]
+    MarksEvictable {
+        /// The policy found.
+        policy: String,
+    },
+    /// Redis answered something this system does not understand.
+    #[error("redis gave an unexpected answer")]
+    Unexpected(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl RedisError {
+    /// Whether the same request can succeed later without anyone changing a configuration.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, Self::Unavailable(_))
+    }
+
+    pub(crate) fn unavailable(reason: &'static str) -> Self {
+        Self::Unavailable(reason.into())
+    }
+
+    pub(crate) fn unexpected(reason: impl Into<String>) -> Self {
+        Self::Unexpected(reason.into().into())
+    }
+}
+
+impl From<redis::RedisError> for RedisError {
+    fn from(error: redis::RedisError) -> Self {
+        match error.kind() {
+            ErrorKind::Io
+            | ErrorKind::Parse
+            | ErrorKind::ClusterConnectionNotFound
+            | ErrorKind::MasterNameNotFoundBySentinel
+            | ErrorKind::NoValidReplicasFoundBySentinel => Self::Unavailable(error.into()),
+            ErrorKind::AuthenticationFailed => refused("authentication", error),
+            ErrorKind::InvalidClientConfig | ErrorKind::EmptySentinelList | ErrorKind::Client => {
+                Self::Config(error.to_string())
+            }
+            ErrorKind::Server(kind) => from_server(kind, error),
+            ErrorKind::Extension => from_code(error),
+            _ => Self::Unexpected(error.into()),
+        }
+    }
+}
+
+fn refused(code: &str, source: redis::RedisError) -> RedisError {
+    RedisError::Refused { code: code.to_owned(), source }
+}
+
+fn from_server(kind: ServerErrorKind, error: redis::RedisError) -> RedisError {
+    match kind {
+        ServerErrorKind::BusyLoading
+        | ServerErrorKind::TryAgain
+        | ServerErrorKind::ClusterDown
+        | ServerErrorKind::MasterDown
+        | ServerErrorKind::ReadOnly
+        | ServerErrorKind::NoScript
+        // A cluster client follows redirects by itself; seeing one means that the slots are moving right now.
+        | ServerErrorKind::Moved
+        | ServerErrorKind::Ask => RedisError::Unavailable(error.into()),
+        ServerErrorKind::NoPerm => refused("NOPERM", error),
+        ServerErrorKind::ResponseError if error.detail().is_some_and(|text| text.contains("max number of clients")) => {
+            RedisError::Unavailable(error.into())
+        }
+        _ => RedisError::Unexpected(error.into()),
+    }
+}
+
+/// Codes the client has no word for.
+fn from_code(error: redis::RedisError) -> RedisError {
+    match error.code() {
+        Some(code @ ("NOAUTH" | "WRONGPASS" | "DENIED")) => {
+            let code = code.to_owned();
+            refused(&code, error)
+        }
+        // Out of memory, a failing disk, a missing replica and a running script all pass.
+        Some("OOM" | "MISCONF" | "NOREPLICAS" | "BUSY") => RedisError::Unavailable(error.into()),
+        _ => RedisError::Unexpected(error.into()),
+    }
+}

@@ -1,0 +1,196 @@
+//! From the configured URL to a client of the right sort.
+
+use std::path::Path;
+
+use deadpool_redis::redis::cluster::{ClusterClient, ClusterClientBuilder};
+use deadpool_redis::redis::io::tcp::TcpSettings;
+use deadpool_redis::redis::sentinel::{SentinelClient, SentinelClientBuilder, SentinelServerType};
+use deadpool_redis::redis::{
+    Client, ClientTlsConfig, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, TlsCertificates, TlsMode,
+};
+
+use super::config::{RedisConfig, RedisTls};
+use crate::RedisError;
+
+/// How often the cluster client itself repeats a request that met a moving slot or a lost connection.
+const CLUSTER_RETRIES: u32 = 3;
+
+/// Between two such repetitions, in ms.
+const CLUSTER_RETRY_WAIT_MS: (u64, u64) = (10, 200);
+
+/// A client that has not connected yet.
+pub(super) enum Target {
+    Server(Client),
+    Cluster(ClusterClient),
+    Sentinel(Box<tokio::sync::Mutex<SentinelClient>>),
+}
+
+/// A URL taken apart as far as all forms share it.
+struct Address<'a> {
+    tls: bool,
+    credentials: &'a str,
+    hosts: &'a str,
+    path: &'a str,
+}
+
+impl Target {
+    pub(super) fn new(config: &RedisConfig) -> Result<Self, RedisError> {
+        let url = config.url.as_str();
+        let (scheme, rest) = url.split_once("://").ok_or_else(|| invalid("it has no scheme", url))?;
+        let tls = scheme.starts_with("rediss");
+        if config.tls.is_some() && !tls {
+            return Err(RedisError::Config(
+                "TLS files are given but the URL does not start with rediss".into(),
+            ));
+        }
+        let certificates = config.tls.as_ref().map(read_certificates).transpose()?;
+        match scheme.trim_start_matches("rediss").trim_start_matches("redis") {
+            "" | "+unix" => server(url, certificates),
+            "+cluster" => cluster(config, &Address::new(tls, rest), certificates),
+            "+sentinel" => sentinel(&Address::new(tls, rest), certificates, url),
+            _ => Err(invalid("its scheme is not known", url)),
+        }
+    }
+}
+
+impl<'a> Address<'a> {
+    fn new(tls: bool, rest: &'a str) -> Self {
+        let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+        let (credentials, hosts) = match authority.rfind('@') {
+            Some(at) => authority.split_at(at + 1),
+            None => ("", authority),
+        };
+        Self { tls, credentials, hosts, path }
+    }
+
+    /// One URL per host, each complete.
+    fn each_host(&self) -> Result<Vec<ConnectionInfo>, RedisError> {
+        let scheme = if self.tls { "rediss" } else { "redis" };
+        self.hosts
+            .split(',')
+            .map(|host| connection_info(&format!("{scheme}://{}{host}", self.credentials)))
+            .collect()
+    }
+}
+
+fn server(url: &str, certificates: Option<TlsCertificates>) -> Result<Target, RedisError> {
+    let info = connection_info(url)?;
+    let client = match certificates {
+        Some(certificates) => Client::build_with_tls(info, certificates),
+        None => Client::open(info),
+    };
+    Ok(Target::Server(client.map_err(|error| invalid(&error.to_string(), url))?))
+}
+
+fn cluster(
+    config: &RedisConfig,
+    address: &Address<'_>,
+    certificates: Option<TlsCertificates>,
+) -> Result<Target, RedisError> {
+    if !address.path.is_empty() {
+        return Err(invalid("a cluster has no numbered databases", &config.url));
+    }
+    let (shortest, longest) = CLUSTER_RETRY_WAIT_MS;
+    let mut builder = ClusterClientBuilder::new(address.each_host()?)
+        .connection_timeout(config.connect_timeout)
+        .response_timeout(config.response_timeout)
+        .retries(CLUSTER_RETRIES)
+        .min_retry_wait(shortest)
+        .max_retry_wait(longest)
+        .tcp_settings(tcp_settings());
+    if address.tls {
+        builder = builder.tls(TlsMode::Secure);
+    }
+    if let Some(certificates) = certificates {
+        builder = builder.certs(certificates);
+    }
+    Ok(Target::Cluster(builder.build().map_err(|error| invalid(&error.to_string(), &config.url))?))
+}
+
+fn sentinel(
+    address: &Address<'_>,
+    certificates: Option<TlsCertificates>,
+    url: &str,
+) -> Result<Target, RedisError> {
+    let (master, database) = address.path.split_once('/').unwrap_or((address.path, ""));
+    if master.is_empty() {
+        return Err(invalid("it names no master after the hosts of the Sentinels", url));
+    }
+    let servers = address.each_host()?;
+    let bare = servers.iter().map(|info| info.addr().clone());
+    let mut builder = SentinelClientBuilder::new(bare, master, SentinelServerType::Master)
+        .map_err(|error| invalid(&error.to_string(), url))?
+        .set_client_to_redis_tcp_settings(tcp_settings())
+        .set_client_to_sentinel_tcp_settings(tcp_settings());
+    if let Some(settings) = servers.first().map(ConnectionInfo::redis_settings) {
+        if let Some(user) = settings.username() {
+            builder = builder.set_client_to_redis_username(user);
+        }
+        if let Some(password) = settings.password() {
+            builder = builder.set_client_to_redis_password(password);
+        }
+    }
+    if !database.is_empty() {
+        let database = database.parse().map_err(|_| invalid("its database is not a number", url))?;
+        builder = builder.set_client_to_redis_db(database);
+    }
+    if address.tls {
+        builder = builder.set_client_to_redis_tls_mode(TlsMode::Secure);
+    }
+    if let Some(certificates) = certificates {
+        builder = builder
+            .set_client_to_redis_certificates(certificates.clone())
+            .set_client_to_sentinel_certificates(certificates);
+    }
+    let client = builder.build().map_err(|error| invalid(&error.to_string(), url))?;
+    Ok(Target::Sentinel(Box::new(tokio::sync::Mutex::new(client))))
+}
+
+fn connection_info(url: &str) -> Result<ConnectionInfo, RedisError> {
+    let info = url.into_connection_info().map_err(|error| invalid(&error.to_string(), url))?;
+    if matches!(info.addr(), ConnectionAddr::TcpTls { insecure: true, .. }) {
+        return Err(invalid("unverified TLS is not supported", url));
+    }
+    Ok(info.set_tcp_settings(tcp_settings()))
+}
+
+/// Without `TCP_NODELAY` a small request can wait 40 ms for the acknowledgement of the one before.
+fn tcp_settings() -> TcpSettings {
+    TcpSettings::default().set_nodelay(true)
+}
+
+fn read_certificates(tls: &RedisTls) -> Result<TlsCertificates, RedisError> {
+    let client_tls = match (&tls.client_cert_file, &tls.client_key_file) {
+        (Some(certificate), Some(key)) => {
+            Some(ClientTlsConfig { client_cert: read(certificate)?, client_key: read(key)? })
+        }
+        (None, None) => None,
+        _ => return Err(RedisError::Config("a client certificate and its key belong together".into())),
+    };
+    let root_cert = tls.ca_file.as_deref().map(read).transpose()?;
+    Ok(TlsCertificates { client_tls, root_cert })
+}
+
+fn read(file: &Path) -> Result<Vec<u8>, RedisError> {
+    std::fs::read(file)
+        .map_err(|error| RedisError::Config(format!("cannot read {}: {error}", file.display())))
+}
+
+fn invalid(reason: &str, url: &str) -> RedisError {
+    RedisError::Config(format!("{reason} ({})", without_password(url)))
+}
+
+/// The URL as it may be shown: no password, and no query, which can hold one too.
+pub(super) fn without_password(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else {
+        return "a text that is not a URL".to_owned();
+    };
+    let rest = rest.split('?').next().unwrap_or_default();
+    match rest.rsplit_once('@') {
+        Some((credentials, place)) => {
+            let user = credentials.split(':').next().unwrap_or_default();
+            format!("{scheme}://{user}:***@{place}")
+        }
+        None => format!("{scheme}://{rest}"),
+    }
+}

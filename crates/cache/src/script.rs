@@ -1,0 +1,53 @@
+//! The steps of the protocol that must be atomic: Lua scripts of one key and its siblings.
+
+use std::sync::LazyLock;
+
+use deadpool_redis::redis::{self, Cmd, Pipeline};
+
+/// A script and the name a server that has seen it knows it by.
+pub(crate) struct Script {
+    text: &'static str,
+    sha1: String,
+}
+
+/// The right to fill, a value, or neither.
+pub(crate) static ACQUIRE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/acquire.lua")));
+/// Writes a loaded value under a lease.
+pub(crate) static FILL: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/fill.lua")));
+/// Gives a lease back unused.
+pub(crate) static RELEASE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/release.lua")));
+/// A committed change with the new value.
+pub(crate) static APPLY: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/apply.lua")));
+/// Registers marks with the server's own time.
+pub(crate) static REGISTER: LazyLock<Script> =
+    LazyLock::new(|| Script::new(include_str!("scripts/register.lua")));
+
+impl Script {
+    fn new(text: &'static str) -> Self {
+        Self { text, sha1: redis::Script::new(text).get_hash().to_owned() }
+    }
+
+    /// A call by name: short, but a server that has restarted answers `NOSCRIPT`.
+    pub(crate) fn call(&self) -> Cmd {
+        let mut command = Cmd::new();
+        command.arg("EVALSHA").arg(&self.sha1);
+        command
+    }
+
+    /// A call that brings the text along and never meets `NOSCRIPT`.
+    pub(crate) fn call_with_text(&self) -> Cmd {
+        let mut command = Cmd::new();
+        command.arg("EVAL").arg(self.text);
+        command
+    }
+
+    /// Starts a call in a pipeline. The first brings the text, which loads it for the others, so that a restart of the
+    /// server cannot leave half a pipeline undone.
+    pub(crate) fn call_in<'a>(&self, pipeline: &'a mut Pipeline, first: bool) -> &'a mut Pipeline {
+        if first {
+            pipeline.cmd("EVAL").arg(self.text)
+        } else {
+            pipeline.cmd("EVALSHA").arg(&self.sha1)
+        }
+    }
+}

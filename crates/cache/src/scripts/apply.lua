@@ -1,0 +1,35 @@
+-- APPLY: a committed change of one key, with the new value.
+-- KEYS: value, guard, marks, stale copy. ARGV: new value, its version, time to live in ms, longest stale time in ms.
+-- Returns 1 if the value was replaced, 0 if the cached one is as new or newer, -1 if it acted as a delete.
+
+-- Versions exceed what a Lua number holds exactly; without sign or leading zero, longer is larger.
+local function older(one, other)
+    if #one ~= #other then return #one < #other end
+    return one < other
+end
+
+local function cached_version()
+    -- A mark: some transaction is about to commit, so no value may appear.
+    if redis.call('EXISTS', KEYS[3]) == 1 then return nil end
+    -- The version of a value that is gone says nothing.
+    if redis.call('EXISTS', KEYS[1]) == 0 then return nil end
+    local guard = redis.pcall('GET', KEYS[2])
+    return type(guard) == 'string' and string.match(guard, '^V(%d+)$') or nil
+end
+
+-- Once it is superseded a stale copy lives no longer than readers may be served it.
+local function superseded()
+    if redis.call('PTTL', KEYS[4]) > tonumber(ARGV[4]) then redis.call('PEXPIRE', KEYS[4], ARGV[4]) end
+end
+
+local version = cached_version()
+if not version then
+    redis.call('UNLINK', KEYS[2], KEYS[1])
+    superseded()
+    return -1
+end
+if not older(version, ARGV[2]) then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
+redis.call('SET', KEYS[2], 'V' .. ARGV[2], 'PX', ARGV[3])
+superseded()
+return 1

@@ -1,0 +1,172 @@
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use event::{CacheKey, Change, CommittedEvent};
+
+/// What a batch of events asks of the cache: the union of their keys, each once.
+///
+/// Events commute, so the union loses nothing: a delete wins over every update of the same key (after a delete an update
+/// finds no version and acts as a delete too), and of several updates the one with the highest version.
+#[derive(Debug, Default)]
+pub struct Work {
+    positions: HashMap<Arc<str>, usize>,
+    items: Vec<Item>,
+    /// Transactions of all events, one event after the other.
+    xids: Vec<u64>,
+    /// A key, by its position in `items`, and where in `xids` the transactions of an event that names it are.
+    named: Vec<(usize, Range<usize>)>,
+}
+
+/// A key and what is asked for it.
+#[derive(Debug)]
+pub(crate) struct Item {
+    pub(crate) key: Arc<str>,
+    pub(crate) update: Option<Update>,
+}
+
+/// The value a key has from now on.
+#[derive(Debug)]
+pub(crate) struct Update {
+    pub(crate) value: Vec<u8>,
+    pub(crate) version: i64,
+    pub(crate) ttl: Duration,
+}
+
+impl Work {
+    /// Nothing to do yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds what `event` asks for.
+    pub fn add(&mut self, event: &CommittedEvent) {
+        let first = self.xids.len();
+        self.xids.extend_from_slice(&event.xids);
+        for key in &event.keys {
+            let at = match &event.change {
+                Change::Delete => self.delete(key),
+                Change::Update { value, version, ttl } => self.update(key, value, *version, *ttl),
+            };
+            self.named.push((at, first..self.xids.len()));
+        }
+    }
+
+    /// Whether there is nothing to do.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.items.is_empty()
+    }
+
+    /// Number of distinct keys.
+    #[must_use]
+    pub fn keys(&self) -> usize {
+        self.items.len()
+    }
+
+    /// Forgets everything but keeps the memory for the next batch.
+    pub fn clear(&mut self) {
+        self.positions.clear();
+        self.items.clear();
+        self.xids.clear();
+        self.named.clear();
+    }
+
+    pub(crate) fn items(&self) -> &[Item] {
+        &self.items
+    }
+
+    /// Whether any event says which transaction it belongs to.
+    pub(crate) fn has_transactions(&self) -> bool {
+        !self.xids.is_empty()
+    }
+
+    /// Every key together with each transaction that named it.
+    pub(crate) fn transactions(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.named.iter().flat_map(|(at, xids)| {
+            let key = &*self.items[*at].key;
+            self.xids[xids.clone()].iter().map(move |&xid| (key, xid))
+        })
+    }
+
+    /// Those of `wanted` that are transactions of this batch.
+    pub(crate) fn transactions_among<'a>(&'a self, wanted: &HashSet<(&str, u64)>) -> Vec<(&'a str, u64)> {
+        self.transactions().filter(|&(key, xid)| wanted.contains(&(key, xid))).collect()
+    }
+
+    /// Adds the deletion of one key and returns its position.
+    pub(crate) fn delete(&mut self, key: &CacheKey) -> usize {
+        let at = self.position(key.as_str(), || None);
+        self.items[at].update = None;
+        at
+    }
+
+    fn update(&mut self, key: &CacheKey, value: &[u8], version: i64, ttl: Duration) -> usize {
+        let update = || Some(Update { value: value.to_vec(), version, ttl });
+        let at = self.position(key.as_str(), update);
+        if self.items[at].update.as_ref().is_some_and(|held| held.version < version) {
+            self.items[at].update = update();
+        }
+        at
+    }
+
+    fn position(&mut self, key: &str, update: impl FnOnce() -> Option<Update>) -> usize {
+        if let Some(&at) = self.positions.get(key) {
+            return at;
+        }
+        let at = self.items.len();
+        let key: Arc<str> = key.into();
+        self.positions.insert(Arc::clone(&key), at);
+        self.items.push(Item { key, update: update() });
+        at
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use event::EventId;
+
+    use super::*;
+
+    fn committed(keys: &[&str], change: Change, xids: &[u64]) -> CommittedEvent {
+        let keys = keys.iter().map(|&key| CacheKey::new(key).unwrap()).collect();
+        let (id, xids) = (EventId::generate(), xids.to_vec());
+        CommittedEvent { id, keys, change, xids, at_us: 0, traceparent: None }
+    }
+
+    fn version(number: i64) -> Change {
+        Change::update(b"value".to_vec(), number, Duration::from_secs(60)).unwrap()
+    }
+
+    #[test]
+    fn every_key_is_named_once_with_all_its_transactions() {
+        let mut work = Work::new();
+        work.add(&committed(&["a", "b"], Change::Delete, &[1, 2]));
+        work.add(&committed(&["b"], Change::Delete, &[3]));
+        assert_eq!(work.keys(), 2);
+        let mut transactions: Vec<_> = work.transactions().collect();
+        transactions.sort_unstable();
+        assert_eq!(transactions, [("a", 1), ("a", 2), ("b", 1), ("b", 2), ("b", 3)]);
+        work.clear();
+        assert!(work.is_empty());
+        assert!(!work.has_transactions());
+    }
+
+    #[test]
+    fn a_delete_wins_over_updates_and_a_newer_update_over_older_ones_in_any_order() {
+        let asked = |changes: &[Change]| {
+            let mut work = Work::new();
+            for change in changes {
+                work.add(&committed(&["k"], change.clone(), &[]));
+            }
+            work.items()[0].update.as_ref().map(|update| update.version)
+        };
+        assert_eq!(asked(&[version(7), version(8)]), Some(8));
+        assert_eq!(asked(&[version(8), version(7)]), Some(8));
+        assert_eq!(asked(&[version(8), Change::Delete]), None);
+        assert_eq!(asked(&[Change::Delete, version(8)]), None);
+        assert_eq!(asked(&[version(8), Change::Delete, version(9)]), None);
+    }
+}

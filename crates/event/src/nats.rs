@@ -1,0 +1,64 @@
+//! Names and questions that the programs share on NATS.
+
+use serde::{Deserialize, Serialize};
+
+use crate::Topic;
+
+/// The stream that carries envelopes.
+pub const STREAM: &str = "INVALIDATIONS";
+
+/// Every subject of the stream.
+pub const SUBJECTS: &str = "invalidation.>";
+
+/// Subjects of messages that could not be decoded, `invalidation-dead.<topic>`; outside the stream.
+pub const DEAD_SUBJECTS: &str = "invalidation-dead.>";
+
+/// Where relays answer [`CoverageRequest`].
+pub const COVERAGE_SUBJECT: &str = "invalidation-relay.coverage";
+
+/// Header of a dead letter: why the message was set aside.
+pub const DEAD_REASON_HEADER: &str = "Invalidation-Dead-Reason";
+
+/// Header of a dead letter: sequence of the original message in the stream.
+pub const DEAD_SEQUENCE_HEADER: &str = "Invalidation-Stream-Sequence";
+
+/// Subject that envelopes of `topic` are published on.
+#[must_use]
+pub fn subject(topic: &Topic) -> String {
+    format!("invalidation.{topic}")
+}
+
+/// Subject for the dead letter of a message that came on `subject`.
+#[must_use]
+pub fn dead_subject(subject: &str) -> String {
+    format!("invalidation-dead.{}", subject.strip_prefix("invalidation.").unwrap_or(subject))
+}
+
+/// Asked by a subscriber that missed part of a stream or finds another stream than the one it knew: from when on is
+/// what I see complete?
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CoverageRequest {
+    /// Creation time of the stream, in microseconds since the Unix epoch.
+    pub stream_created_us: i64,
+}
+
+/// A relay's answer to [`CoverageRequest`]. Times are microseconds since the Unix epoch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CoverageReply {
+    /// Every event published since is, or was, in that stream. `None` while no relay has examined the stream.
+    pub complete_since_us: Option<i64>,
+    /// Everything published since is retained, and is published again whenever the stream turns out to lack it.
+    pub retained_since_us: i64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn subjects_name_the_topic() {
+        assert_eq!(subject(&Topic::default()), "invalidation.default");
+        assert_eq!(dead_subject("invalidation.orders"), "invalidation-dead.orders");
+        assert_eq!(dead_subject("debezium.users"), "invalidation-dead.debezium.users");
+    }
+}

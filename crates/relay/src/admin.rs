@@ -1,0 +1,65 @@
+//! What an operator asks of the relay on the command line.
+
+mod dead;
+mod doctor;
+mod status;
+
+use std::time::Duration;
+
+use async_nats::jetstream::{self, stream::Info};
+use clap::Subcommand;
+use event::nats::STREAM;
+use service::nats::Nats;
+
+use crate::{Config, database, run};
+
+pub use dead::DeadCommand;
+
+/// An operator waits in front of the terminal: give up early.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Administrative commands.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Command {
+    /// Publish committed events until told to stop (the default)
+    Run,
+    /// Install or upgrade the schema `outbox` in the database
+    Migrate,
+    /// Show backlog, rate and stream
+    Status,
+    /// List, show, replay or discard events that could not be published
+    #[command(subcommand)]
+    Dead(DeadCommand),
+    /// Check database, stream and clocks, and say what to do about each finding; exits with 1 if something is wrong
+    Doctor,
+}
+
+/// Carries out an administrative command; [`Command::Run`] is not one.
+///
+/// # Errors
+/// What failed, naming what to fix.
+pub async fn execute(command: Command, config: &Config) -> anyhow::Result<()> {
+    let url = config.database_url()?;
+    let pool = database::connect(url, 2, config.startup_timeout.min(PATIENCE)).await?;
+    if matches!(command, Command::Migrate) {
+        outbox::migrate(&pool).await?;
+        println!("schema `outbox` is installed and current");
+        return Ok(());
+    }
+    database::check_schema(&pool, url).await?;
+    match command {
+        Command::Run | Command::Migrate => unreachable!("handled before"),
+        Command::Status => status::print(&pool, config).await,
+        Command::Dead(command) => dead::execute(&pool, command).await,
+        Command::Doctor => doctor::print(&pool, config).await,
+    }
+}
+
+/// The stream as it is now, or what is wrong with the way to it. Looking must not create it.
+async fn look_at_stream(config: &Config) -> anyhow::Result<(Nats, jetstream::Context, Info)> {
+    let nats = Nats::connect(&config.nats, "relay-admin", config.startup_timeout.min(PATIENCE)).await?;
+    let jetstream = run::jetstream_context(&nats, config);
+    let stream = jetstream.get_stream(STREAM).await?;
+    let info = stream.cached_info().clone();
+    Ok((nats, jetstream, info))
+}

@@ -1,0 +1,49 @@
+use chrono::Utc;
+use outbox::{backlog, dead_letters};
+use sqlx::PgPool;
+
+use super::look_at_stream;
+use crate::Config;
+
+/// Counting stops here; a larger backlog is shown as "more than".
+const COUNT_LIMIT: i64 = 1_000_000;
+
+/// Prints backlog, rate, dead letters and stream.
+pub(super) async fn print(pool: &PgPool, config: &Config) -> anyhow::Result<()> {
+    let waiting = backlog::measure(pool, COUNT_LIMIT).await?;
+    let more = if waiting.events == COUNT_LIMIT { "more than " } else { "" };
+    println!("backlog       {more}{} events, oldest {:.1} s", waiting.events, waiting.oldest_age_seconds());
+    let rate = backlog::throughput(pool).await?;
+    println!(
+        "last minute   {:.1} events/s in {:.1} messages/s{}",
+        rate.events_per_second,
+        rate.messages_per_second,
+        if config.retention().is_none() { " (unknown: retention is off)" } else { "" }
+    );
+    if let Some(last) = rate.last_published_at {
+        println!("last publish  {:.1} s ago", seconds(Utc::now() - last));
+    }
+    println!("dead letters  {}", dead_letters::count(pool).await?);
+    match look_at_stream(config).await {
+        Ok((_, _, info)) => println!(
+            "stream        {} holds {} messages, {:.1} MB, sequences {} to {}, {} consumers",
+            info.config.name,
+            info.state.messages,
+            megabytes(info.state.bytes),
+            info.state.first_sequence,
+            info.state.last_sequence,
+            info.state.consumer_count,
+        ),
+        Err(error) => println!("stream        not reachable: {error:#}"),
+    }
+    Ok(())
+}
+
+fn seconds(time: chrono::TimeDelta) -> f64 {
+    time.to_std().unwrap_or_default().as_secs_f64()
+}
+
+#[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]
+fn megabytes(bytes: u64) -> f64 {
+    bytes as f64 / 1e6
+}

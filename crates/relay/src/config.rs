@@ -1,0 +1,91 @@
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use service::nats::NatsOptions;
+use service::{SecretUrl, ServiceOptions, UsageError, parse_duration};
+
+/// Options of the relay. Every one is a flag and an environment variable.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Config {
+    /// Postgres database with the outbox
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true, global = true)]
+    pub database_url: Option<SecretUrl>,
+
+    /// Where NATS is.
+    #[command(flatten)]
+    pub nats: NatsOptions,
+
+    /// Address of /metrics, /livez and /readyz
+    #[arg(long, env = "HTTP_ADDR", default_value = "127.0.0.1:9464", global = true)]
+    pub http_addr: SocketAddr,
+
+    /// Claims in flight at the same time; the second works while the first waits for the broker
+    #[arg(long, env = "RELAY_WORKERS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=32), global = true)]
+    pub workers: u32,
+
+    /// Most events in one claim
+    #[arg(long, env = "RELAY_CLAIM_LIMIT", default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..=20_000), global = true)]
+    pub claim_limit: u32,
+
+    /// Most events in one message
+    #[arg(long, env = "RELAY_ENVELOPE_EVENTS", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=20_000), global = true)]
+    pub envelope_events: u32,
+
+    /// First pause when the outbox is empty; grows to RELAY_POLL_MAX while it stays so
+    #[arg(long, env = "RELAY_POLL_MIN", default_value = "1ms", value_parser = parse_duration, global = true)]
+    pub poll_min: Duration,
+
+    /// Longest pause when the outbox is empty
+    #[arg(long, env = "RELAY_POLL_MAX", default_value = "10ms", value_parser = parse_duration, global = true)]
+    pub poll_max: Duration,
+
+    /// How long the broker may take to acknowledge before the claimed events are given back
+    #[arg(long, env = "RELAY_PUBLISH_TIMEOUT", default_value = "5s", value_parser = parse_duration, global = true)]
+    pub publish_timeout: Duration,
+
+    /// How long published messages are kept in Postgres, to be published again if the broker loses them; 0s keeps none
+    #[arg(long, env = "RELAY_RETENTION", default_value = "10m", value_parser = parse_duration, global = true)]
+    pub retention: Duration,
+
+    /// How long the stream keeps messages; at least the longest time to live of a cached value
+    #[arg(long, env = "RELAY_STREAM_MAX_AGE", default_value = "24h", value_parser = parse_duration, global = true)]
+    pub stream_max_age: Duration,
+
+    /// Copies of the stream in a NATS cluster
+    #[arg(long, env = "RELAY_STREAM_REPLICAS", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=5), global = true)]
+    pub stream_replicas: u8,
+
+    /// Size limit of the stream in bytes; when it is reached events wait in the outbox. No limit if not set
+    #[arg(long, env = "RELAY_STREAM_MAX_BYTES", value_parser = clap::value_parser!(i64).range(1..), global = true)]
+    pub stream_max_bytes: Option<i64>,
+
+    /// Postgres is reached through a pooler in transaction mode: keep no prepared statements
+    #[arg(long, env = "RELAY_TRANSACTION_POOLER", global = true)]
+    pub transaction_pooler: bool,
+
+    /// How long to try to reach Postgres and NATS at the start
+    #[arg(long, env = "RELAY_STARTUP_TIMEOUT", default_value = "30s", value_parser = parse_duration, global = true)]
+    pub startup_timeout: Duration,
+
+    /// Logs, traces and draining.
+    #[command(flatten)]
+    pub service: ServiceOptions,
+}
+
+impl Config {
+    /// The database's URL.
+    ///
+    /// # Errors
+    /// [`UsageError`] if it is not set.
+    pub fn database_url(&self) -> Result<&SecretUrl, UsageError> {
+        self.database_url
+            .as_ref()
+            .ok_or_else(|| UsageError("DATABASE_URL (--database-url) is not set".to_owned()))
+    }
+
+    /// How long published messages are kept, if at all.
+    #[must_use]
+    pub fn retention(&self) -> Option<Duration> {
+        (!self.retention.is_zero()).then_some(self.retention)
+    }
+}

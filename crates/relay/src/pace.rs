@@ -1,0 +1,120 @@
+//! When to look again, and from where.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// The pause between polls: none while there is a backlog, short after work, growing while there is nothing.
+#[derive(Debug)]
+pub struct Pace {
+    min: Duration,
+    max: Duration,
+    pause: Duration,
+    empty_polls: u32,
+}
+
+/// Empty polls in a row after which a poll becomes a look instead of a claim.
+const IDLE_AFTER: u32 = 2;
+
+impl Pace {
+    /// Pauses from `min` to `max`.
+    #[must_use]
+    pub fn new(min: Duration, max: Duration) -> Self {
+        Self { min, max: max.max(min), pause: min, empty_polls: 0 }
+    }
+
+    /// Whether nothing has come for a while.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.empty_polls >= IDLE_AFTER
+    }
+
+    /// How long to rest after a poll that took `rows`, if at all.
+    pub fn after(&mut self, rows: usize, full: bool) -> Option<Duration> {
+        if rows > 0 {
+            self.pause = self.min;
+            self.empty_polls = 0;
+            return (!full).then_some(self.min);
+        }
+        self.empty_polls = self.empty_polls.saturating_add(1);
+        let pause = self.pause;
+        self.pause = (self.pause * 3 / 2).min(self.max);
+        Some(pause)
+    }
+}
+
+/// How far behind the newest row seen the next claim begins while there is no backlog. Transactions commit in another
+/// order than they insert; most that commit late do so within this time, the rest is found by a sweep from 0.
+const TRAIL: Duration = Duration::from_secs(1);
+
+/// The `seq` to claim from. What was deleted below it is still in the index until vacuum; skipping it keeps claims fast
+/// even while a long transaction holds vacuum back.
+#[derive(Debug, Default)]
+pub struct FromSeq {
+    seq: i64,
+    trail: VecDeque<(Instant, i64)>,
+}
+
+impl FromSeq {
+    /// From the beginning.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Where to begin now.
+    pub fn now(&mut self) -> i64 {
+        self.at(Instant::now())
+    }
+
+    fn at(&mut self, now: Instant) -> i64 {
+        while let Some((_, seq)) = self.trail.pop_front_if(|(seen, _)| now.duration_since(*seen) >= TRAIL) {
+            self.seq = self.seq.max(seq + 1);
+        }
+        self.seq
+    }
+
+    /// Notes the newest row of a claim. In a backlog (`full`) the next claim begins right behind it.
+    pub fn saw(&mut self, last_seq: Option<i64>, full: bool) {
+        self.saw_at(Instant::now(), last_seq, full);
+    }
+
+    fn saw_at(&mut self, now: Instant, last_seq: Option<i64>, full: bool) {
+        /// One mark in this time is enough, and bounds the queue.
+        const GRAIN: Duration = Duration::from_millis(50);
+        let Some(last_seq) = last_seq else { return };
+        if full {
+            self.trail.clear();
+            self.seq = self.seq.max(last_seq + 1);
+        } else if self.trail.back().is_none_or(|(seen, _)| now.duration_since(*seen) >= GRAIN) {
+            self.trail.push_back((now, last_seq));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_while_idle_and_collapse_with_the_first_row() {
+        let mut pace = Pace::new(Duration::from_millis(1), Duration::from_millis(4));
+        let pauses: Vec<_> = (0..6).map(|_| pace.after(0, false).unwrap().as_micros()).collect();
+        assert_eq!(pauses, [1000, 1500, 2250, 3375, 4000, 4000]);
+        assert!(pace.is_idle());
+        assert_eq!(pace.after(2000, true), None);
+        assert_eq!(pace.after(7, false), Some(Duration::from_millis(1)));
+        assert!(!pace.is_idle());
+    }
+
+    #[test]
+    fn claims_begin_a_second_behind_in_quiet_times_and_close_behind_in_a_backlog() {
+        let start = Instant::now();
+        let mut from = FromSeq::new();
+        from.saw_at(start, Some(100), false);
+        from.saw_at(start + Duration::from_millis(500), Some(200), false);
+        assert_eq!(from.at(start + Duration::from_millis(900)), 0);
+        assert_eq!(from.at(start + Duration::from_millis(1_100)), 101);
+        from.saw_at(start + Duration::from_millis(1_200), Some(5_000), true);
+        assert_eq!(from.at(start + Duration::from_millis(1_200)), 5_001);
+    }
+}

@@ -1,0 +1,173 @@
+//! The stream: created if missing, checked if present, every option explicit.
+
+use std::time::Duration;
+
+use async_nats::jetstream::stream::{
+    Config as StreamConfig, DiscardPolicy, Info, RetentionPolicy, StorageType,
+};
+use async_nats::jetstream::{self, ErrorCode};
+use chrono::{DateTime, Utc};
+use event::nats::{STREAM, SUBJECTS};
+use outbox::retention::StreamPosition;
+
+use crate::Config;
+
+/// How long JetStream remembers message ids. A claim that was published but not settled comes again within seconds.
+const DUPLICATE_WINDOW: Duration = Duration::from_mins(2);
+
+/// Room left for headers below the broker's `max_payload`, which counts them.
+const HEADER_BYTES: usize = 1024;
+
+/// Why there is no usable stream.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    /// The server has no JetStream, or not for this account.
+    #[error("JetStream is not enabled on the NATS server or for this account; start it with -js")]
+    NoJetStream,
+    /// The credentials may not use the JetStream API.
+    #[error(
+        "no answer from the JetStream API for stream {STREAM}; the NATS user needs permission to publish on \
+         $JS.API.STREAM.INFO.{STREAM} and $JS.API.STREAM.CREATE.{STREAM} and to subscribe to _INBOX.>"
+    )]
+    NoAnswer(#[source] async_nats::Error),
+    /// Creating it failed.
+    #[error("cannot create stream {STREAM}")]
+    Create(#[source] async_nats::Error),
+    /// It exists, but with options under which invalidations could be lost.
+    #[error("stream {STREAM} has unsafe options: {findings}; correct them with `nats stream edit {STREAM}`")]
+    Unsafe {
+        /// What is wrong, one sentence each.
+        findings: String,
+    },
+}
+
+/// What the workers need to know of the stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usable {
+    /// Identity and end.
+    pub position: StreamPosition,
+    /// Largest body it accepts, in bytes.
+    pub max_body: usize,
+}
+
+/// The options the relay creates the stream with.
+#[must_use]
+pub fn wanted(config: &Config) -> StreamConfig {
+    StreamConfig {
+        name: STREAM.to_owned(),
+        description: Some("Cache invalidations of committed transactions".to_owned()),
+        subjects: vec![SUBJECTS.to_owned()],
+        storage: StorageType::File,
+        retention: RetentionPolicy::Limits,
+        // A full stream must refuse, so that events wait in the outbox; the default would drop the oldest unread ones.
+        discard: DiscardPolicy::New,
+        max_age: config.stream_max_age,
+        max_bytes: config.stream_max_bytes.unwrap_or(-1),
+        max_messages: -1,
+        max_messages_per_subject: -1,
+        max_message_size: -1,
+        max_consumers: -1,
+        num_replicas: usize::from(config.stream_replicas),
+        duplicate_window: DUPLICATE_WINDOW.min(config.stream_max_age),
+        allow_direct: false,
+        ..Default::default()
+    }
+}
+
+/// Finds the stream or creates it, and checks it.
+///
+/// # Errors
+/// [`StreamError`].
+pub async fn ensure(
+    jetstream: &jetstream::Context,
+    config: &Config,
+    max_payload: usize,
+) -> Result<Usable, StreamError> {
+    let info = match jetstream.get_stream(STREAM).await {
+        Ok(stream) => stream.cached_info().clone(),
+        Err(error) if is_missing(&error) => create(jetstream, config).await?,
+        Err(error) => return Err(explain(error)),
+    };
+    let findings = unsafe_options(&info.config);
+    if !findings.is_empty() {
+        return Err(StreamError::Unsafe { findings: findings.join("; ") });
+    }
+    Ok(Usable { position: position(&info), max_body: max_body(&info.config, max_payload) })
+}
+
+async fn create(jetstream: &jetstream::Context, config: &Config) -> Result<Info, StreamError> {
+    let stream =
+        jetstream.create_stream(wanted(config)).await.map_err(|error| StreamError::Create(error.into()))?;
+    tracing::info!(stream = STREAM, "created the stream");
+    Ok(stream.cached_info().clone())
+}
+
+fn is_missing(error: &jetstream::context::GetStreamError) -> bool {
+    matches!(error.kind(), jetstream::context::GetStreamErrorKind::JetStream(error)
+        if error.error_code() == ErrorCode::STREAM_NOT_FOUND)
+}
+
+fn explain(error: jetstream::context::GetStreamError) -> StreamError {
+    match error.kind() {
+        jetstream::context::GetStreamErrorKind::JetStream(reason)
+            if matches!(
+                reason.error_code(),
+                ErrorCode::JETSTREAM_NOT_ENABLED | ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT
+            ) =>
+        {
+            StreamError::NoJetStream
+        }
+        _ => {
+            let no_responders = error.to_string().contains("no responders");
+            if no_responders { StreamError::NoJetStream } else { StreamError::NoAnswer(error.into()) }
+        }
+    }
+}
+
+/// Options under which acknowledged invalidations could disappear unread, whoever created the stream. Old servers drop
+/// options they do not know without a word, so what the server returned is judged, not what was asked for.
+#[must_use]
+pub fn unsafe_options(actual: &StreamConfig) -> Vec<String> {
+    let mut findings = Vec::new();
+    let mut check = |holds: bool, finding: &str| {
+        if !holds {
+            findings.push(finding.to_owned());
+        }
+    };
+    check(
+        actual.subjects.iter().any(|subject| subject == SUBJECTS),
+        "it does not have the subject invalidation.>",
+    );
+    check(
+        actual.storage == StorageType::File,
+        "storage is not file, a restart of NATS would lose everything",
+    );
+    check(actual.retention == RetentionPolicy::Limits, "retention is not limits");
+    check(!actual.no_ack, "no_ack is set, publishing could never be confirmed");
+    let limited = actual.max_bytes > 0 || actual.max_messages > 0 || actual.max_messages_per_subject > 0;
+    check(
+        !limited || actual.discard == DiscardPolicy::New,
+        "it has a size limit with discard=old, a full stream would drop invalidations nobody has read; set discard=new",
+    );
+    findings
+}
+
+/// Identity and end of a stream.
+#[must_use]
+pub fn position(info: &Info) -> StreamPosition {
+    StreamPosition {
+        created: to_microseconds(info.created),
+        last_seq: i64::try_from(info.state.last_sequence).unwrap_or(i64::MAX),
+    }
+}
+
+/// Postgres keeps microseconds; an identity that lost its nanoseconds on the way would never equal itself again.
+fn to_microseconds(time: DateTime<Utc>) -> DateTime<Utc> {
+    DateTime::from_timestamp_micros(time.timestamp_micros()).unwrap_or_default()
+}
+
+fn max_body(config: &StreamConfig, max_payload: usize) -> usize {
+    let of_stream =
+        usize::try_from(config.max_message_size).ok().filter(|size| *size > 0).unwrap_or(usize::MAX);
+    of_stream.min(max_payload).saturating_sub(HEADER_BYTES)
+}

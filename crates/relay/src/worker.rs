@@ -1,0 +1,294 @@
+//! The loop that moves events: claim, publish, settle.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_nats::jetstream;
+use metrics::{counter, histogram};
+use outbox::{Claim, ClaimOptions, Claimed, Poison, anything_waiting};
+use service::nats::Nats;
+use service::{Backoff, Component, Shutdown, failpoint};
+use sqlx::PgPool;
+use tokio::sync::{Notify, watch};
+
+use crate::metrics as names;
+use crate::pace::{FromSeq, Pace};
+use crate::packing::{Limits, pack};
+use crate::publisher::{self, PublishError};
+use crate::stream::Usable;
+use crate::{Config, FAILPOINTS};
+
+/// Bytes of keys and values in one claim: with a few claims in flight the relay's memory stays in the tens of megabytes
+/// whatever the events hold.
+const CLAIM_BYTES: i64 = 4 * 1024 * 1024;
+
+/// How often the outbox is searched from its beginning, for rows whose transactions committed late.
+pub const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Pauses after a failure of Postgres or the broker.
+const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
+
+/// Time for the statements of a claim on top of the time for publishing, before the server takes the rows back.
+const LEASE_MARGIN: Duration = Duration::from_secs(10);
+
+/// What all workers share.
+#[derive(Debug)]
+pub struct Shared {
+    /// The database.
+    pub pool: PgPool,
+    /// The broker.
+    pub nats: Nats,
+    /// JetStream with the publish timeout.
+    pub jetstream: jetstream::Context,
+    /// The stream, while it is usable.
+    pub stream: watch::Receiver<Option<Usable>>,
+    /// Asks the keeper to look at the stream now.
+    pub suspect_stream: Arc<Notify>,
+    /// Wakes a resting worker: there is more than one can take.
+    pub more: Notify,
+    /// Options.
+    pub config: Config,
+}
+
+/// Why a cycle failed. Both kinds give every claimed row back and are tried again for ever.
+#[derive(Debug, thiserror::Error)]
+enum CycleError {
+    #[error("Postgres failed")]
+    Database(#[from] sqlx::Error),
+    #[error("publishing failed")]
+    Broker(#[from] PublishError),
+    #[error("the stream is not usable yet")]
+    NoStream,
+}
+
+/// What a cycle did.
+#[derive(Debug, Clone, Copy)]
+struct Cycle {
+    rows: usize,
+    full: bool,
+    last_seq: Option<i64>,
+}
+
+/// Runs the worker that polls: it finds new events first, and wakes the others when there are more than it can take.
+/// Returns when shutdown is requested, with nothing in hand.
+pub async fn poll(shared: Arc<Shared>, health: Component, shutdown: Shutdown) {
+    let mut pace = Pace::new(shared.config.poll_min, shared.config.poll_max);
+    let mut from_seq = FromSeq::new();
+    let mut last_sweep = Instant::now();
+    let sweeps_alone = shared.config.workers == 1;
+    let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
+    while !shutdown.is_requested() {
+        if !usable(&shared, &health, &shutdown).await {
+            continue;
+        }
+        let sweep = sweeps_alone && last_sweep.elapsed() >= SWEEP_INTERVAL;
+        let from = if sweep { 0 } else { from_seq.now() };
+        let outcome = if pace.is_idle() && !sweep {
+            poll_once(&shared, from).await
+        } else {
+            cycle(&shared, from).await
+        };
+        match outcome {
+            Ok(done) => {
+                health.ready();
+                retry.reset();
+                if sweep {
+                    last_sweep = Instant::now();
+                }
+                from_seq.saw(done.last_seq, done.full);
+                if done.full {
+                    shared.more.notify_one();
+                }
+                if let Some(pause) = pace.after(done.rows, done.full) {
+                    rest(pause, &shutdown).await;
+                }
+            }
+            Err(error) => recover(&shared, &health, &mut retry, &error, &shutdown).await,
+        }
+    }
+}
+
+/// Runs a worker that helps while there is a backlog and otherwise sweeps for late commits. Returns when shutdown is
+/// requested, with nothing in hand.
+pub async fn help(shared: Arc<Shared>, health: Component, sweeps: bool, shutdown: Shutdown) {
+    let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
+    let mut last_sweep = Instant::now();
+    let mut from = 0;
+    let mut busy = false;
+    while !shutdown.is_requested() {
+        if !usable(&shared, &health, &shutdown).await {
+            continue;
+        }
+        if !busy {
+            let sweep_due =
+                if sweeps { SWEEP_INTERVAL.saturating_sub(last_sweep.elapsed()) } else { Duration::MAX };
+            health.idle();
+            tokio::select! {
+                () = shared.more.notified() => {}
+                () = tokio::time::sleep(sweep_due) => {}
+                () = shutdown.requested() => continue,
+            }
+            health.beat();
+        }
+        if sweeps && last_sweep.elapsed() >= SWEEP_INTERVAL {
+            from = 0;
+            last_sweep = Instant::now();
+        }
+        match cycle(&shared, from).await {
+            Ok(done) => {
+                health.ready();
+                retry.reset();
+                busy = done.full;
+                from = done.last_seq.map_or(from, |seq| seq + 1);
+                if done.full {
+                    shared.more.notify_one();
+                }
+            }
+            Err(error) => recover(&shared, &health, &mut retry, &error, &shutdown).await,
+        }
+    }
+}
+
+/// Waits until broker and stream are usable; says `false` if that took waiting.
+async fn usable(shared: &Shared, health: &Component, shutdown: &Shutdown) -> bool {
+    if shared.nats.link().connected && shared.stream.borrow().is_some() {
+        return true;
+    }
+    health.not_ready("NATS is not connected or the stream is not usable; events wait in the outbox");
+    let mut stream = shared.stream.clone();
+    tokio::select! {
+        () = shutdown.requested() => {}
+        () = shared.nats.connected() => {
+            tokio::select! {
+                () = shutdown.requested() => {}
+                _ = stream.wait_for(Option::is_some) => {}
+            }
+        }
+    }
+    false
+}
+
+async fn rest(pause: Duration, shutdown: &Shutdown) {
+    tokio::select! {
+        () = tokio::time::sleep(pause) => {}
+        () = shutdown.requested() => {}
+    }
+}
+
+/// The one place that decides what a failed cycle means: the rows are back in the outbox; wait, then try again.
+async fn recover(
+    shared: &Shared,
+    health: &Component,
+    retry: &mut Backoff,
+    error: &CycleError,
+    shutdown: &Shutdown,
+) {
+    counter!(names::CLAIMS, "result" => "failed").increment(1);
+    let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
+    match error {
+        CycleError::Broker(reason) => {
+            counter!(names::PUBLISH_FAILURES, "reason" => reason.reason()).increment(1);
+            shared.suspect_stream.notify_one();
+            tracing::warn!(%error, cause, "could not publish; the events stay in the outbox");
+        }
+        CycleError::Database(_) => {
+            counter!(names::DATABASE_FAILURES).increment(1);
+            tracing::warn!(%error, cause, "could not claim or settle; the events stay in the outbox");
+        }
+        CycleError::NoStream => {}
+    }
+    health.not_ready(format!("{error}: {cause}"));
+    rest(retry.next_delay(), shutdown).await;
+}
+
+/// Looks before it claims: an empty outbox costs one short statement instead of a transaction.
+async fn poll_once(shared: &Shared, from: i64) -> Result<Cycle, CycleError> {
+    counter!(names::STATEMENTS).increment(1);
+    if anything_waiting(&shared.pool, from).await? {
+        return cycle(shared, from).await;
+    }
+    counter!(names::CLAIMS, "result" => "empty").increment(1);
+    Ok(Cycle { rows: 0, full: false, last_seq: None })
+}
+
+/// Claims rows, publishes them and settles the claim. Whatever fails on the way gives the rows back.
+async fn cycle(shared: &Shared, from: i64) -> Result<Cycle, CycleError> {
+    let Some(stream) = *shared.stream.borrow() else { return Err(CycleError::NoStream) };
+    let options = ClaimOptions {
+        from_seq: from,
+        limit: i64::from(shared.config.claim_limit),
+        max_bytes: CLAIM_BYTES,
+        prepared: !shared.config.transaction_pooler,
+    };
+    let started = Instant::now();
+    let lease = shared.config.publish_timeout + LEASE_MARGIN;
+    let (mut claim, claimed, mut poison) = Claim::take(&shared.pool, options, lease).await?;
+    counter!(names::STATEMENTS).increment(3);
+    let rows = claimed.len() + poison.len();
+    if rows == 0 {
+        claim.give_back().await?;
+        counter!(names::CLAIMS, "result" => "empty").increment(1);
+        return Ok(Cycle { rows, full: false, last_seq: None });
+    }
+    histogram!(names::CLAIM_TIME).record(started.elapsed());
+    counter!(names::CLAIMS, "result" => "rows").increment(1);
+    failpoint::hit(FAILPOINTS[0]).await;
+
+    let last_seq = claimed.iter().map(|claimed| claimed.seq).max();
+    let published = publish(shared, stream, &claimed, &mut poison).await?;
+    drop(claimed);
+    failpoint::hit(FAILPOINTS[1]).await;
+
+    let settling = Instant::now();
+    if !poison.is_empty() {
+        set_aside(&mut claim, &poison).await?;
+    }
+    if shared.config.retention().is_some() && !published.is_empty() {
+        claim.retain(stream.position.created, &published).await?;
+        counter!(names::STATEMENTS).increment(1);
+    }
+    claim.settle().await?;
+    histogram!(names::SETTLE_TIME).record(settling.elapsed());
+    counter!(names::EVENTS_PUBLISHED).increment((rows - poison.len()) as u64);
+    counter!(names::MESSAGES_PUBLISHED).increment(published.len() as u64);
+    failpoint::hit(FAILPOINTS[2]).await;
+    Ok(Cycle { rows, full: rows >= shared.config.claim_limit as usize, last_seq })
+}
+
+async fn publish(
+    shared: &Shared,
+    stream: Usable,
+    claimed: &[Claimed],
+    poison: &mut Vec<Poison>,
+) -> Result<Vec<outbox::retention::Published>, CycleError> {
+    let limits = Limits { events: shared.config.envelope_events as usize, bytes: stream.max_body };
+    let packing = pack(claimed, limits);
+    counter!(names::EVENTS_COALESCED).increment(packing.coalesced as u64);
+    for &row in &packing.too_large {
+        let reason =
+            format!("event is larger than the {} bytes the broker accepts in a message", stream.max_body);
+        poison.push(Poison::new(&claimed[row], reason));
+    }
+    let started = Instant::now();
+    let timeout = shared.config.publish_timeout;
+    let published = publisher::publish(&shared.jetstream, &shared.nats, packing.messages, timeout).await?;
+    histogram!(names::PUBLISH_TIME).record(started.elapsed());
+    if let Some(oldest) = claimed.iter().map(|claimed| claimed.event.at_us).min() {
+        histogram!(names::ENQUEUE_TO_PUBLISH).record(seconds_since(oldest));
+    }
+    Ok(published)
+}
+
+async fn set_aside(claim: &mut Claim, poison: &[Poison]) -> Result<(), CycleError> {
+    for event in poison {
+        tracing::error!(event_id = %event.event_id(), reason = %event.reason, "event set aside as a dead letter");
+    }
+    counter!(names::DEAD_LETTERS).increment(poison.len() as u64);
+    Ok(claim.set_aside(poison).await?)
+}
+
+fn seconds_since(at_us: i64) -> f64 {
+    let microseconds = chrono::Utc::now().timestamp_micros().saturating_sub(at_us).max(0);
+    Duration::from_micros(microseconds.cast_unsigned()).as_secs_f64()
+}
