@@ -1,11 +1,20 @@
 #![doc = include_str!("../README.md")]
 
+mod cache;
+mod codec;
 mod error;
+pub mod metrics;
 mod names;
+pub mod protocol;
 mod redis;
+mod script;
 mod slot;
 mod work;
 
+pub use cache::{Cache, CacheConfig, Loaded, Options};
+pub use codec::{Codec, CodecError, Json, Raw};
 pub use error::RedisError;
-pub use redis::{Applied, EvictionPolicy, Redis, RedisConfig, RedisTls};
+pub use redis::{
+    Acquired, Applied, EvictionPolicy, Fill, LeaseToken, MAX_STALE, Redis, RedisConfig, RedisTls,
+};
 pub use work::Work;

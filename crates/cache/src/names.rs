@@ -4,8 +4,6 @@
 //! [`event::CacheKey`] may contain, so none of them can ever be a user's key. The siblings of a key lie in its slot, so
 //! that one script, or one node of a cluster, sees them together.
 
-use std::io::Write as _;
-
 use deadpool_redis::redis::{RedisWrite, ToRedisArgs};
 
 use crate::slot::{hash_tag, slot_of, tag_in};

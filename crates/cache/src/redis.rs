@@ -6,30 +6,39 @@ mod batch;
 mod config;
 mod flush;
 mod lanes;
+mod lease;
+mod marks;
+mod masters;
 mod position;
 mod server;
+mod values;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use deadpool_redis::redis::aio::{ConnectionLike, MultiplexedConnection};
 use deadpool_redis::redis::cluster_async::ClusterConnection;
-use deadpool_redis::redis::{Cmd, FromRedisValue, Pipeline, Value};
+use deadpool_redis::redis::{Cmd, ErrorKind, FromRedisValue, Pipeline, ServerErrorKind, Value};
 
 pub use apply::Applied;
 pub use config::{RedisConfig, RedisTls};
+pub use lease::{Acquired, Fill, LeaseToken, MAX_STALE};
 pub use server::EvictionPolicy;
+pub(crate) use values::Found;
 
 use crate::RedisError;
+use crate::script::Script;
 use lanes::{Lane, Lanes};
 
 /// Connection to one cache: a single server, a Cluster, or the master that Sentinels name.
 ///
 /// Cheap to clone; clones share their connections. Every request is pipelined on one of
 /// [`RedisConfig::pool_size`] connections, which are made when first needed and replaced after a failure or a timeout.
-/// All methods are cancel-safe in the sense that a dropped request may or may not have been carried out.
+/// Dropping a request is safe; it may or may not be carried out.
 #[derive(Clone)]
 pub struct Redis {
     lanes: Arc<Lanes>,
+    limit: Duration,
 }
 
 /// A connection in use.
@@ -45,7 +54,13 @@ impl Redis {
     /// # Errors
     /// [`RedisError::Config`] if the URL or the TLS files cannot be used.
     pub fn new(config: RedisConfig) -> Result<Self, RedisError> {
-        Ok(Self { lanes: Arc::new(Lanes::new(config)?) })
+        let limit = config.response_timeout;
+        Ok(Self { lanes: Arc::new(Lanes::new(config)?), limit })
+    }
+
+    /// The same connections for requests that are given up after `limit`, connecting included.
+    pub(crate) fn limited_to(&self, limit: Duration) -> Self {
+        Self { lanes: Arc::clone(&self.lanes), limit }
     }
 
     /// Asks for a sign of life.
@@ -62,29 +77,60 @@ impl Redis {
         self.lanes.is_cluster()
     }
 
+    async fn lane(&self) -> Result<Lane, RedisError> {
+        self.lanes.get(self.limit).await
+    }
+
     /// Runs one command. In a cluster it goes where its key lives.
     pub(crate) async fn query<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, RedisError> {
-        let lane = self.lanes.get().await?;
+        let lane = self.lane().await?;
         let answer = match lane.connection() {
-            Connection::Server(mut connection) => command.query_async(&mut connection).await,
-            Connection::Cluster(mut connection) => command.query_async(&mut connection).await,
+            Connection::Server(mut connection) => {
+                connection.set_response_timeout(self.limit);
+                command.query_async(&mut connection).await
+            }
+            Connection::Cluster(mut connection) => {
+                within(self.limit, command.query_async(&mut connection)).await
+            }
         };
         answer.map_err(|error| self.lanes.failed(&lane, error))
     }
 
     /// Runs commands in one write. In a cluster all their keys share a slot.
-    pub(crate) async fn pipeline(&self, pipeline: &Pipeline) -> Result<Vec<Value>, RedisError> {
-        let lane = self.lanes.get().await?;
-        self.pipeline_on(&lane, pipeline).await
-    }
-
     async fn pipeline_on(&self, lane: &Lane, pipeline: &Pipeline) -> Result<Vec<Value>, RedisError> {
         let answers = match lane.connection() {
-            Connection::Server(connection) => run(connection, pipeline).await,
-            Connection::Cluster(connection) => run(connection, pipeline).await,
+            Connection::Server(mut connection) => {
+                connection.set_response_timeout(self.limit);
+                run(connection, pipeline).await
+            }
+            Connection::Cluster(connection) => within(self.limit, run(connection, pipeline)).await,
         };
         answers.map_err(|error| self.lanes.failed(lane, error))
     }
+
+    /// Calls a script. `arguments` adds the number of keys, the keys and the arguments.
+    async fn call<T: FromRedisValue>(
+        &self,
+        script: &Script,
+        arguments: impl Fn(&mut Cmd),
+    ) -> Result<T, RedisError> {
+        let mut call = script.call();
+        arguments(&mut call);
+        match self.query(&call).await {
+            Err(RedisError::Unavailable(cause)) if is_unknown_script(&*cause) => {
+                let mut call = script.call_with_text();
+                arguments(&mut call);
+                self.query(&call).await
+            }
+            answer => answer,
+        }
+    }
+}
+
+fn is_unknown_script(cause: &(dyn std::error::Error + 'static)) -> bool {
+    cause
+        .downcast_ref::<deadpool_redis::redis::RedisError>()
+        .is_some_and(|error| error.kind() == ErrorKind::Server(ServerErrorKind::NoScript))
 }
 
 async fn run(
@@ -92,6 +138,17 @@ async fn run(
     pipeline: &Pipeline,
 ) -> Result<Vec<Value>, deadpool_redis::redis::RedisError> {
     pipeline.query_async(&mut connection).await
+}
+
+/// A cluster's connection is many; its own limit is fixed when it is made.
+async fn within<T>(
+    limit: Duration,
+    request: impl Future<Output = Result<T, deadpool_redis::redis::RedisError>>,
+) -> Result<T, deadpool_redis::redis::RedisError> {
+    match tokio::time::timeout(limit, request).await {
+        Ok(answer) => answer,
+        Err(_) => Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()),
+    }
 }
 
 impl std::fmt::Debug for Redis {

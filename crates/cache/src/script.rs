@@ -11,11 +11,13 @@ pub(crate) struct Script {
 }
 
 /// The right to fill, a value, or neither.
-pub(crate) static ACQUIRE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/acquire.lua")));
+pub(crate) static ACQUIRE: LazyLock<Script> =
+    LazyLock::new(|| Script::new(include_str!("scripts/acquire.lua")));
 /// Writes a loaded value under a lease.
 pub(crate) static FILL: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/fill.lua")));
 /// Gives a lease back unused.
-pub(crate) static RELEASE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/release.lua")));
+pub(crate) static RELEASE: LazyLock<Script> =
+    LazyLock::new(|| Script::new(include_str!("scripts/release.lua")));
 /// A committed change with the new value.
 pub(crate) static APPLY: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/apply.lua")));
 /// Registers marks with the server's own time.
@@ -44,10 +46,6 @@ impl Script {
     /// Starts a call in a pipeline. The first brings the text, which loads it for the others, so that a restart of the
     /// server cannot leave half a pipeline undone.
     pub(crate) fn call_in<'a>(&self, pipeline: &'a mut Pipeline, first: bool) -> &'a mut Pipeline {
-        if first {
-            pipeline.cmd("EVAL").arg(self.text)
-        } else {
-            pipeline.cmd("EVALSHA").arg(&self.sha1)
-        }
+        if first { pipeline.cmd("EVAL").arg(self.text) } else { pipeline.cmd("EVALSHA").arg(&self.sha1) }
     }
 }

@@ -30,6 +30,8 @@ pub enum Command {
     /// List, show, replay or discard events that could not be published
     #[command(subcommand)]
     Dead(DeadCommand),
+    /// Ask the running relay at HTTP_ADDR whether it is ready; exits with 1 if not
+    Health,
     /// Check database, stream and clocks, and say what to do about each finding; exits with 1 if something is wrong
     Doctor,
 }
@@ -39,6 +41,10 @@ pub enum Command {
 /// # Errors
 /// What failed, naming what to fix.
 pub async fn execute(command: Command, config: &Config) -> anyhow::Result<()> {
+    if matches!(command, Command::Health) {
+        println!("{}", service::http::ask_ready(config.http_addr).await?);
+        return Ok(());
+    }
     let url = config.database_url()?;
     let pool = database::connect(url, 2, config.startup_timeout.min(PATIENCE)).await?;
     if matches!(command, Command::Migrate) {
@@ -48,7 +54,7 @@ pub async fn execute(command: Command, config: &Config) -> anyhow::Result<()> {
     }
     database::check_schema(&pool, url).await?;
     match command {
-        Command::Run | Command::Migrate => unreachable!("handled before"),
+        Command::Run | Command::Health | Command::Migrate => unreachable!("handled before"),
         Command::Status => status::print(&pool, config).await,
         Command::Dead(command) => dead::execute(&pool, command).await,
         Command::Doctor => doctor::print(&pool, config).await,

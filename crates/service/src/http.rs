@@ -1,6 +1,7 @@
 //! The HTTP server for operators: `/metrics`, `/livez`, `/readyz`.
 
 mod listener;
+mod probe;
 
 use std::{io, net::SocketAddr, time::Duration};
 
@@ -15,6 +16,7 @@ use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::listener::BoundedListener;
+pub use self::probe::{NotReady, ask_ready};
 use crate::{Health, Metrics};
 
 /// How long requests in progress may keep [`HttpServer::stop`] waiting.

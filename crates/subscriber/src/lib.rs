@@ -1,1 +1,19 @@
-//! subscriber
+#![doc = include_str!("../README.md")]
+
+pub mod admin;
+pub mod broker;
+mod config;
+mod dead;
+pub mod metrics;
+pub mod position;
+pub mod replay;
+mod run;
+mod supervisor;
+mod worker;
+
+pub use config::{Config, GapPolicy};
+pub use run::run;
+pub use supervisor::Halt;
+
+/// Places where fault tests stop the subscriber: with keys deleted but messages not acknowledged, and with both done.
+pub const FAILPOINTS: &[&str] = &["subscriber.after_delete", "subscriber.after_ack"];

@@ -1,2 +1,29 @@
-//! subscriber
-fn main() {}
+//! The subscriber: invalidates the Redis keys named by events from NATS JetStream.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use service::Boot;
+use subscriber::admin::{self, Command};
+use subscriber::{Config, FAILPOINTS};
+
+/// Invalidates the Redis keys that committed Postgres transactions made stale
+#[derive(Debug, Parser)]
+#[command(name = "subscriber", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    config: Config,
+}
+
+fn main() -> ExitCode {
+    let cli: Cli = service::parse();
+    let options = cli.config.service.clone();
+    Boot { name: "subscriber", failpoints: FAILPOINTS }.run(&options, async move |shutdown| {
+        match cli.command {
+            None | Some(Command::Run) => subscriber::run(cli.config, shutdown).await,
+            Some(command) => admin::execute(command, &cli.config).await,
+        }
+    })
+}

@@ -5,14 +5,14 @@
 //! (about 100 µs) for each hit of the cache.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use deadpool_redis::redis::{self, AsyncConnectionConfig, ErrorKind, ServerErrorKind};
 
-use super::Connection;
 use super::address::Target;
 use super::config::RedisConfig;
+use super::{Connection, within};
 use crate::RedisError;
 
 /// A failed attempt to connect answers for everyone who asks within this time, so that requests that queued up behind
@@ -66,17 +66,30 @@ impl Lanes {
     }
 
     /// The next connection in turn, made now if there is none.
-    pub(super) async fn get(&self) -> Result<Lane, RedisError> {
+    pub(super) async fn get(self: &Arc<Self>, limit: Duration) -> Result<Lane, RedisError> {
         let slot = self.next.fetch_add(1, Ordering::Relaxed) % self.slots.len();
         match self.live(slot) {
             Some(lane) => Ok(lane),
-            None => Box::pin(self.connect(slot)).await,
+            None => Box::pin(self.wait_for_connection(slot, limit)).await,
         }
     }
 
     fn live(&self, slot: usize) -> Option<Lane> {
         let live = self.slots[slot].live.lock().unwrap_or_else(PoisonError::into_inner);
         live.as_ref().map(|(made, connection)| Lane { slot, made: *made, connection: connection.clone() })
+    }
+
+    /// Connects in a task of its own, so that a caller with less patience than a connection takes still leaves one to
+    /// the next caller.
+    async fn wait_for_connection(self: &Arc<Self>, slot: usize, limit: Duration) -> Result<Lane, RedisError> {
+        let lanes = Arc::clone(self);
+        let connecting = tokio::spawn(async move { lanes.connect(slot).await });
+        let limit = limit.min(self.config.connect_timeout);
+        match tokio::time::timeout(limit, connecting).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(stopped)) => Err(RedisError::Unavailable(stopped.into())),
+            Err(_) => Err(RedisError::unavailable("not connected in time")),
+        }
     }
 
     async fn connect(&self, slot: usize) -> Result<Lane, RedisError> {
@@ -89,7 +102,8 @@ impl Lanes {
         {
             return Err(error.clone().into());
         }
-        match self.dial().await {
+        // The clients' own limits do not cover asking Sentinels or the first nodes of a cluster one after the other.
+        match within(self.config.connect_timeout, self.dial()).await {
             Ok(connection) => Ok(self.install(slot, connection)),
             Err(error) => {
                 *failure = Some((Instant::now(), error.clone()));
@@ -99,25 +113,18 @@ impl Lanes {
     }
 
     async fn dial(&self) -> Result<Connection, redis::RedisError> {
-        let dialled = async {
-            match &self.target {
-                Target::Server(client) => client
-                    .get_multiplexed_async_connection_with_config(&self.settings)
-                    .await
-                    .map(Connection::Server),
-                Target::Cluster(client) => client.get_async_connection().await.map(Connection::Cluster),
-                Target::Sentinel(client) => client
-                    .lock()
-                    .await
-                    .get_async_connection_with_config(&self.settings)
-                    .await
-                    .map(Connection::Server),
-            }
-        };
-        // The clients' own limits do not cover asking Sentinels or the initial nodes of a cluster one after the other.
-        match tokio::time::timeout(self.config.connect_timeout, dialled).await {
-            Ok(outcome) => outcome,
-            Err(_) => Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()),
+        match &self.target {
+            Target::Server(client) => client
+                .get_multiplexed_async_connection_with_config(&self.settings)
+                .await
+                .map(Connection::Server),
+            Target::Cluster(client) => client.get_async_connection().await.map(Connection::Cluster),
+            Target::Sentinel(client) => client
+                .lock()
+                .await
+                .get_async_connection_with_config(&self.settings)
+                .await
+                .map(Connection::Server),
         }
     }
 
@@ -130,8 +137,8 @@ impl Lanes {
 
     /// Decides what becomes of a connection on which a request failed, and what the caller is told.
     ///
-    /// After a timeout the answer may still arrive, and a server that has stopped or become a replica answers nobody:
-    /// such a connection is not used again. Answers of a healthy server leave it as it is.
+    /// A server that does not answer in time may have stopped, and one that has become a replica takes no writes: such
+    /// a connection is not used again. Answers of a healthy server leave it as it is.
     pub(super) fn failed(&self, lane: &Lane, error: redis::RedisError) -> RedisError {
         match error.kind() {
             ErrorKind::Io | ErrorKind::Parse | ErrorKind::ClusterConnectionNotFound => self.give_up(lane),

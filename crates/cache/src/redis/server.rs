@@ -3,10 +3,10 @@
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
-use deadpool_redis::redis::cluster_routing::{MultipleNodeRoutingInfo, RoutingInfo};
-use deadpool_redis::redis::{Cmd, Value, from_redis_value};
+use deadpool_redis::redis::{Cmd, FromRedisValue};
 
-use super::{Connection, Redis};
+use super::Redis;
+use super::batch::read;
 use crate::RedisError;
 
 /// A `maxmemory-policy` that never evicts a key without a TTL, so never a mark.
@@ -55,16 +55,13 @@ impl Redis {
     pub async fn longest_snapshot_interval(&self) -> Result<Option<Duration>, RedisError> {
         let mut ask = Cmd::new();
         ask.arg("CONFIG").arg("GET").arg("save");
-        let answers = match self.ask_masters(&ask).await {
+        let answers = match self.ask_masters::<HashMap<String, String>>(&ask).await {
             // Managed services rename or remove CONFIG.
             Err(RedisError::Refused { .. } | RedisError::Unexpected(_)) => return Ok(None),
             answers => answers?,
         };
-        let longest = answers
-            .into_iter()
-            .filter_map(|answer| from_redis_value::<HashMap<String, String>>(answer).ok())
-            .filter_map(|settings| longest_interval(settings.get("save")?))
-            .max();
+        let longest =
+            answers.into_iter().filter_map(|settings| longest_interval(settings.get("save")?)).max();
         Ok(longest)
     }
 
@@ -88,29 +85,16 @@ impl Redis {
     async fn infos(&self) -> Result<Vec<String>, RedisError> {
         let mut info = Cmd::new();
         info.arg("INFO");
-        let answers = self.ask_masters(&info).await?;
-        answers
-            .into_iter()
-            .map(|answer| from_redis_value(answer).map_err(|error| RedisError::Unexpected(error.into())))
-            .collect()
+        self.ask_masters(&info).await
     }
 
     /// Asks every master the same and returns their answers.
-    async fn ask_masters(&self, command: &Cmd) -> Result<Vec<Value>, RedisError> {
-        let lane = self.lanes.get().await?;
-        let Connection::Cluster(mut connection) = lane.connection() else {
-            return Ok(vec![self.query(command).await?]);
-        };
-        let masters = RoutingInfo::MultiNode((MultipleNodeRoutingInfo::AllMasters, None));
-        let answer = connection
-            .route_command(command.clone(), masters)
-            .await
-            .and_then(Value::extract_error)
-            .map_err(|error| self.lanes.failed(&lane, error))?;
-        match answer {
-            Value::Map(by_address) => Ok(by_address.into_iter().map(|(_, answer)| answer).collect()),
-            _ => Err(RedisError::unexpected("answers of several nodes are not a map")),
+    async fn ask_masters<T: FromRedisValue>(&self, command: &Cmd) -> Result<Vec<T>, RedisError> {
+        let mut answers = Vec::new();
+        for (master, _) in self.masters().await? {
+            answers.push(read(self.query_to(&master, command).await?)?);
         }
+        Ok(answers)
     }
 }
 

@@ -1,0 +1,127 @@
+//! Loading a value and offering it to the cache.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use event::CacheKey;
+
+use super::flight::{Landing, Leader};
+use super::{Cache, Options, Shared};
+use crate::codec::Codec;
+use crate::{Fill, LeaseToken};
+
+/// What a loader found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Loaded<T> {
+    /// The value.
+    pub value: T,
+    /// Version of the row it comes from, if every change of the row increments it under the row's lock.
+    pub version: Option<i64>,
+}
+
+impl<T> Loaded<T> {
+    /// A value without a version.
+    #[must_use]
+    pub fn new(value: T) -> Self {
+        Self { value, version: None }
+    }
+
+    /// A value with its version.
+    #[must_use]
+    pub fn versioned(value: T, version: i64) -> Self {
+        Self { value, version: Some(version) }
+    }
+}
+
+/// A lease, given back when dropped unused: by a loader that failed or a caller that lost interest.
+pub(super) struct Lease<'a> {
+    cache: &'a Cache,
+    key: &'a CacheKey,
+    token: LeaseToken,
+    used: bool,
+}
+
+impl<'a> Lease<'a> {
+    pub(super) fn new(cache: &'a Cache, key: &'a CacheKey, token: LeaseToken) -> Self {
+        Self { cache, key, token, used: false }
+    }
+
+    /// Offers a value. If it was stored, says when it was sent.
+    async fn fill(mut self, fill: Fill<'_>) -> Option<Instant> {
+        self.used = true;
+        let Shared { reads, meters, .. } = &*self.cache.shared;
+        let sent = Instant::now();
+        let stored = self.cache.ask(reads.fill(self.key, self.token, fill)).await;
+        meters.fills.count(stored);
+        (stored == Some(true)).then_some(sent)
+    }
+}
+
+impl Drop for Lease<'_> {
+    fn drop(&mut self) {
+        if let (false, Ok(runtime)) = (self.used, tokio::runtime::Handle::try_current()) {
+            let (cache, key, token) = (self.cache.clone(), self.key.clone(), self.token);
+            runtime.spawn(async move { cache.ask(cache.shared.reads.release(&key, token)).await });
+        }
+    }
+}
+
+impl Cache {
+    pub(super) async fn load<L, E, F, Fut>(&self, loader: F) -> Result<L, E>
+    where
+        F: FnOnce() -> Fut,
+        Fut: Future<Output = Result<L, E>>,
+    {
+        self.shared.meters.loads.increment(1);
+        loader().await
+    }
+
+    /// Loads for a whole flight, and fills if there is a lease.
+    pub(super) async fn load_and_fill<T, C, E, F, Fut>(
+        &self,
+        leader: Leader<'_>,
+        lease: Option<Lease<'_>>,
+        options: &Options<C>,
+        loader: F,
+    ) -> Result<T, E>
+    where
+        C: Codec<T>,
+        F: FnOnce() -> Fut,
+        Fut: Future<Output = Result<Loaded<T>, E>>,
+    {
+        let began = Instant::now();
+        let Loaded { value, version } = match self.load(loader).await {
+            Ok(loaded) => loaded,
+            Err(error) => {
+                leader.land(Landing::Failed);
+                return Err(error);
+            }
+        };
+        let Ok(bytes) = options.codec.encode(&value) else {
+            self.shared.meters.fills.skipped.increment(1);
+            leader.land(Landing::Failed);
+            return Ok(value);
+        };
+        let stored = match (lease, self.storable_for(options, &bytes)) {
+            (Some(lease), Some(ttl)) => {
+                let keep_stale_copy = options.accepts_stale().is_some();
+                lease.fill(Fill { value: &bytes, ttl, version, keep_stale_copy }).await
+            }
+            _ => None,
+        };
+        let for_readers_before = stored.unwrap_or(began);
+        leader.land(Landing::Value { bytes: Arc::new(bytes), for_readers_before });
+        Ok(value)
+    }
+
+    /// How long these bytes may be served; `None` if they are not to be stored.
+    pub(super) fn storable_for<T, C: Codec<T>>(&self, options: &Options<C>, bytes: &[u8]) -> Option<Duration> {
+        let ttl = if options.codec.is_absent(bytes) { options.negative_ttl } else { options.ttl };
+        if ttl.is_zero() || bytes.len() > self.shared.config.max_value_bytes {
+            self.shared.meters.fills.skipped.increment(1);
+            return None;
+        }
+        let jitter = self.shared.config.ttl_jitter.clamp(0.0, 1.0);
+        Some(ttl.mul_f64(1.0 - jitter * rand::random::<f64>()))
+    }
+}

@@ -1,0 +1,133 @@
+//! What a reader does that found no usable value.
+
+use std::time::{Duration, Instant};
+
+use event::CacheKey;
+use tokio::time::{sleep, timeout};
+
+use super::flight::{Landing, Leader, Role};
+use super::load::{Lease, Loaded};
+use super::{Cache, Options};
+use crate::codec::Codec;
+use crate::{Acquired, LeaseToken};
+
+/// Flights one reader joins before it loads for itself. Two are enough unless the key is invalidated all the time.
+const MAX_FLIGHTS: usize = 4;
+
+/// First pause between two looks at a key that another process is loading; doubles up to the longest.
+const FIRST_POLL: Duration = Duration::from_millis(1);
+const LONGEST_POLL: Duration = Duration::from_millis(20);
+
+/// How the leader of a flight goes on.
+enum Course<'a, T> {
+    /// The value has appeared, and the followers know.
+    Done(T),
+    /// It loads, and fills if it has a lease.
+    Load(Leader<'a>, Option<Lease<'a>>),
+}
+
+impl Cache {
+    pub(super) async fn miss<T, C, E, F, Fut>(
+        &self,
+        key: &CacheKey,
+        options: &Options<C>,
+        unusable: bool,
+        loader: F,
+    ) -> Result<T, E>
+    where
+        C: Codec<T>,
+        F: FnOnce() -> Fut,
+        Fut: Future<Output = Result<Loaded<T>, E>>,
+    {
+        let came = Instant::now();
+        self.shared.meters.misses.increment(1);
+        if unusable {
+            self.count_unusable(key);
+        }
+        for _ in 0..MAX_FLIGHTS {
+            let follower = match self.shared.flights.join(key) {
+                Role::Leader(leader) => {
+                    return match self.lead(leader, key, options, unusable).await {
+                        Course::Done(value) => Ok(value),
+                        Course::Load(leader, lease) => {
+                            self.load_and_fill(leader, lease, options, loader).await
+                        }
+                    };
+                }
+                Role::Follower(follower) => follower,
+            };
+            if let Some(value) = self.stale(key, options).await {
+                return Ok(value);
+            }
+            // A load that takes longer than a lease is not worth waiting for: nobody may store it.
+            match timeout(self.shared.config.lease, follower.landing()).await {
+                Ok(Landing::Value { bytes, for_readers_before }) if came < for_readers_before => {
+                    let Ok(value) = options.codec.decode(&bytes) else { break };
+                    self.shared.meters.shared_loads.increment(1);
+                    return Ok(value);
+                }
+                Ok(Landing::Value { .. } | Landing::Abandoned) => {}
+                Ok(Landing::Failed) | Err(_) => break,
+            }
+        }
+        Ok(self.load(loader).await?.value)
+    }
+
+    /// Asks for the lease until the answer says what to do, at most as long as it is worth waiting for another process.
+    async fn lead<'a, T, C: Codec<T>>(
+        &'a self,
+        leader: Leader<'a>,
+        key: &'a CacheKey,
+        options: &Options<C>,
+        mut unusable: bool,
+    ) -> Course<'a, T> {
+        let config = &self.shared.config;
+        let token = LeaseToken::generate();
+        let patience = Instant::now() + config.wait;
+        let mut poll = FIRST_POLL;
+        loop {
+            let asked = Instant::now();
+            let acquired = self.ask(self.shared.reads.acquire(key, token, config.lease, unusable)).await;
+            if let Some(acquired) = &acquired {
+                self.shared.meters.leases.count(acquired);
+            }
+            match acquired {
+                Some(Acquired::Grant) => return Course::Load(leader, Some(Lease::new(self, key, token))),
+                Some(Acquired::Bypass) | None => return Course::Load(leader, None),
+                Some(Acquired::Value(bytes)) => {
+                    if let Ok(value) = options.codec.decode(&bytes) {
+                        leader.land(Landing::Value { bytes: bytes.into(), for_readers_before: asked });
+                        return Course::Done(value);
+                    }
+                    self.count_unusable(key);
+                    unusable = true;
+                }
+                Some(Acquired::Wait) => {
+                    if let Some(value) = self.stale(key, options).await {
+                        leader.land(Landing::Abandoned);
+                        return Course::Done(value);
+                    }
+                    if Instant::now() + poll > patience {
+                        return Course::Load(leader, None);
+                    }
+                    sleep(poll).await;
+                    poll = (poll * 2).min(LONGEST_POLL);
+                }
+            }
+        }
+    }
+
+    /// The value from before the invalidation, if this read accepts it and it is not too old.
+    async fn stale<T, C: Codec<T>>(&self, key: &CacheKey, options: &Options<C>) -> Option<T> {
+        let longest = options.accepts_stale()?;
+        let bytes = self.ask(self.shared.reads.get_stale(key, longest)).await??;
+        let value = options.codec.decode(&bytes).ok()?;
+        self.shared.meters.stale_served.increment(1);
+        Some(value)
+    }
+
+    fn count_unusable(&self, key: &CacheKey) {
+        self.shared.meters.undecodable.increment(1);
+        tracing::debug!(key = key.as_str(), "the cached value is of the wrong type or cannot be decoded");
+    }
+}

@@ -1,0 +1,162 @@
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use cache::{RedisConfig, RedisTls};
+use event::{InvalidTopic, Topic};
+use service::nats::NatsOptions;
+use service::{SecretUrl, ServiceOptions, UsageError, parse_duration};
+
+/// Options of the subscriber. Every one is a flag and an environment variable.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Config {
+    /// Where NATS is.
+    #[command(flatten)]
+    pub nats: NatsOptions,
+
+    /// Redis whose keys are invalidated: redis://, rediss://, redis+cluster://a,b or redis+sentinel://a,b/name
+    #[arg(
+        long,
+        env = "REDIS_URL",
+        hide_env_values = true,
+        default_value = "redis://127.0.0.1:6379",
+        global = true
+    )]
+    pub redis_url: SecretUrl,
+
+    /// File with the certificate authority of the Redis servers
+    #[arg(long, env = "REDIS_CA", value_name = "FILE", global = true)]
+    pub redis_ca: Option<PathBuf>,
+
+    /// File with the client certificate for Redis; needs REDIS_KEY
+    #[arg(long, env = "REDIS_CERT", value_name = "FILE", requires = "redis_key", global = true)]
+    pub redis_cert: Option<PathBuf>,
+
+    /// File with the private key of REDIS_CERT
+    #[arg(long, env = "REDIS_KEY", value_name = "FILE", requires = "redis_cert", global = true)]
+    pub redis_key: Option<PathBuf>,
+
+    /// How long Redis may take to answer
+    #[arg(long, env = "SUBSCRIBER_REDIS_TIMEOUT", default_value = "2s", value_parser = parse_duration, global = true)]
+    pub redis_timeout: Duration,
+
+    /// Address of /metrics, /livez and /readyz
+    #[arg(long, env = "HTTP_ADDR", default_value = "127.0.0.1:9465", global = true)]
+    pub http_addr: SocketAddr,
+
+    /// Durable consumer: one name per cache, shared by all subscribers of that cache
+    #[arg(long, env = "SUBSCRIBER_DURABLE", default_value = "redis", value_parser = parse_durable, global = true)]
+    pub durable: String,
+
+    /// Take only events of this topic; all if not set
+    #[arg(long, env = "SUBSCRIBER_TOPIC", value_parser = parse_topic, global = true)]
+    pub topic: Option<Topic>,
+
+    /// Batches in flight at the same time
+    #[arg(long, env = "SUBSCRIBER_WORKERS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=32), global = true)]
+    pub workers: u32,
+
+    /// How long a message may be in hand before NATS delivers it again
+    #[arg(long, env = "SUBSCRIBER_ACK_WAIT", default_value = "30s", value_parser = parse_duration, global = true)]
+    pub ack_wait: Duration,
+
+    /// How far back to replay when Redis came back with old data; if not set, the longer of 60s and Redis' own longest
+    /// snapshot interval
+    #[arg(long, env = "SUBSCRIBER_REPLAY_MARGIN", value_parser = parse_duration, global = true)]
+    pub replay_margin: Option<Duration>,
+
+    /// What to do when invalidations are missing from the stream for good: halt, or flush the keys that
+    /// SUBSCRIBER_FLUSH_PATTERNS or SUBSCRIBER_FLUSH_EVERYTHING name
+    #[arg(long, env = "SUBSCRIBER_GAP_POLICY", default_value = "halt", global = true)]
+    pub gap_policy: GapPolicy,
+
+    /// Glob patterns of the keys to delete when the gap policy is flush, separated by commas
+    #[arg(long, env = "SUBSCRIBER_FLUSH_PATTERNS", value_delimiter = ',', global = true)]
+    pub flush_patterns: Vec<String>,
+
+    /// Delete every key of the Redis database when the gap policy is flush
+    #[arg(long, env = "SUBSCRIBER_FLUSH_EVERYTHING", global = true)]
+    pub flush_everything: bool,
+
+    /// How long to wait for a relay to say that it publishes again what the stream lost, before the gap policy applies
+    #[arg(long, env = "SUBSCRIBER_GAP_GRACE", default_value = "30s", value_parser = parse_duration, global = true)]
+    pub gap_grace: Duration,
+
+    /// How long to try to reach NATS at the start
+    #[arg(long, env = "SUBSCRIBER_STARTUP_TIMEOUT", default_value = "30s", value_parser = parse_duration, global = true)]
+    pub startup_timeout: Duration,
+
+    /// Logs, traces and draining.
+    #[command(flatten)]
+    pub service: ServiceOptions,
+}
+
+/// What to do about invalidations that are gone for good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum GapPolicy {
+    /// Stop with an error and leave the decision to the operator.
+    Halt,
+    /// Delete the keys that the operator named, and go on.
+    Flush,
+}
+
+impl GapPolicy {
+    /// The policy's name, for logs and metrics.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Halt => "halt",
+            Self::Flush => "flush",
+        }
+    }
+}
+
+impl Config {
+    /// Checks what clap cannot: options that only make sense together.
+    ///
+    /// # Errors
+    /// [`UsageError`] naming the option to set.
+    pub fn check(&self) -> Result<(), UsageError> {
+        let names_keys = self.flush_everything || !self.flush_patterns.is_empty();
+        if self.gap_policy == GapPolicy::Flush && !names_keys {
+            return Err(UsageError(
+                "SUBSCRIBER_GAP_POLICY (--gap-policy) is flush, but neither SUBSCRIBER_FLUSH_PATTERNS \
+                 (--flush-patterns) nor SUBSCRIBER_FLUSH_EVERYTHING (--flush-everything) says which keys"
+                    .to_owned(),
+            ));
+        }
+        if self.ack_wait < Duration::from_secs(1) {
+            return Err(UsageError("SUBSCRIBER_ACK_WAIT (--ack-wait) is below 1s".to_owned()));
+        }
+        Ok(())
+    }
+
+    /// Options of the connection to Redis.
+    #[must_use]
+    pub fn redis(&self) -> RedisConfig {
+        let wants_tls = self.redis_ca.is_some() || self.redis_cert.is_some();
+        RedisConfig {
+            url: self.redis_url.expose().to_owned(),
+            // One for each worker; one more for replay, one for looking at the server.
+            pool_size: self.workers as usize + 2,
+            connect_timeout: self.redis_timeout,
+            response_timeout: self.redis_timeout,
+            tls: wants_tls.then(|| RedisTls {
+                ca_file: self.redis_ca.clone(),
+                client_cert_file: self.redis_cert.clone(),
+                client_key_file: self.redis_key.clone(),
+            }),
+        }
+    }
+}
+
+fn parse_topic(text: &str) -> Result<Topic, InvalidTopic> {
+    Topic::new(text)
+}
+
+fn parse_durable(text: &str) -> Result<String, String> {
+    // The rules of a topic are those of a JetStream name, and stricter.
+    Topic::new(text)
+        .map(|topic| topic.as_str().to_owned())
+        .map_err(|_| "a durable is 1 to 64 ASCII letters, digits, '_' or '-'".to_owned())
+}

@@ -1,0 +1,58 @@
+//! Messages that cannot be decoded: kept on a stream of their own with the reason, and never delivered again.
+
+use async_nats::jetstream::{self, AckKind, Message};
+use event::DecodeError;
+use event::nats::{DEAD_REASON_HEADER, DEAD_SEQUENCE_HEADER, dead_subject};
+
+/// Longest reason that goes into a header.
+const MAX_REASON_BYTES: usize = 256;
+
+/// Where undecodable messages go.
+#[derive(Debug)]
+pub struct DeadLetters {
+    jetstream: jetstream::Context,
+}
+
+impl DeadLetters {
+    /// Through this connection.
+    #[must_use]
+    pub fn new(jetstream: jetstream::Context) -> Self {
+        Self { jetstream }
+    }
+
+    /// Publishes the original bytes and headers with the reason, waits until they are stored, and only then ends the
+    /// delivery of the message.
+    ///
+    /// # Errors
+    /// Whatever NATS says; the message is delivered again then.
+    pub async fn set_aside(&self, message: &Message, reason: &DecodeError) -> Result<(), async_nats::Error> {
+        let reason = describe(reason);
+        let sequence = message.info().map(|info| info.stream_sequence).unwrap_or_default();
+        tracing::error!(subject = %message.subject, sequence, reason, "message cannot be decoded; set aside as a dead letter");
+        let mut headers = message.headers.clone().unwrap_or_default();
+        // The id belongs to the original: a second delivery of the same poison must not be taken for a duplicate of it
+        // in another stream, and identical garbage is worth one dead letter each.
+        headers.insert("Nats-Msg-Id", format!("dead-{sequence}"));
+        headers.insert(DEAD_REASON_HEADER, reason);
+        headers.insert(DEAD_SEQUENCE_HEADER, sequence.to_string());
+        self.jetstream
+            .publish_with_headers(dead_subject(&message.subject), headers, message.payload.clone())
+            .await?
+            .await?;
+        message.ack_with(AckKind::Term).await
+    }
+}
+
+/// The reason in one line, fit for a header.
+fn describe(reason: &DecodeError) -> String {
+    let mut text = reason.to_string();
+    if let Some(cause) = std::error::Error::source(reason) {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+    }
+    let mut line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    while line.len() > MAX_REASON_BYTES {
+        line.pop();
+    }
+    line
+}

@@ -1,0 +1,34 @@
+//! Names of the subscriber's metrics.
+
+use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+
+macro_rules! metrics {
+    ($($kind:ident $name:ident = $text:literal, $unit:ident, $help:literal;)*) => {
+        $(#[doc = $help] pub const $name: &str = $text;)*
+
+        /// Tells the recorder what every metric means.
+        pub fn describe() {
+            $($kind!($name, Unit::$unit, $help);)*
+        }
+    };
+}
+
+metrics! {
+    describe_counter MESSAGES = "subscriber_messages_total", Count, "Messages settled, by result: applied or dead_letter";
+    describe_counter EVENTS_APPLIED = "subscriber_events_applied_total", Count, "Events of applied messages";
+    describe_counter KEYS_INVALIDATED = "subscriber_keys_invalidated_total", Count, "Distinct keys per batch that were invalidated or updated";
+    describe_counter KEYS_PRESENT = "subscriber_keys_present_total", Count, "Names removed for them: values and guards that existed";
+    describe_counter UPDATES = "subscriber_updates_total", Count, "Versioned updates, by outcome: replaced or ignored";
+    describe_counter REDELIVERIES = "subscriber_redeliveries_total", Count, "Messages that had been delivered before";
+    describe_counter DEAD_LETTERS = "subscriber_dead_letters_total", Count, "Messages set aside because they cannot be decoded";
+    describe_counter REDIS_FAILURES = "subscriber_redis_failures_total", Count, "Failed attempts to apply a batch";
+    describe_counter REPLAYS = "subscriber_replays_total", Count, "Replays of the stream, by reason";
+    describe_counter REPLAYED = "subscriber_replayed_messages_total", Count, "Messages applied again by replays";
+    describe_counter GAPS = "subscriber_gaps_total", Count, "Times invalidations were missing from the stream for good, by policy";
+    describe_gauge PENDING = "subscriber_pending_messages", Count, "Messages in the stream that were not delivered yet";
+    describe_gauge ACK_PENDING = "subscriber_ack_pending_messages", Count, "Messages that were delivered but not acknowledged";
+    describe_gauge NATS_CONNECTED = "subscriber_nats_connected", Count, "1 while NATS is connected";
+    describe_gauge REDIS_UP = "subscriber_redis_up", Count, "1 while Redis answers";
+    describe_histogram APPLY_TIME = "subscriber_apply_seconds", Seconds, "Time for Redis to apply a batch";
+    describe_histogram ENQUEUE_TO_DELETE = "subscriber_enqueue_to_delete_seconds", Seconds, "From enqueue of the oldest event of a message until Redis applied it";
+}

@@ -1,0 +1,106 @@
+//! What a subscriber must remember to notice that something was lost, and the judgement of what it sees. Pure.
+//!
+//! The record lives in the Redis whose keys it is about: when Redis comes back with old data, so does the record, and the
+//! instances named in it are not the ones that answer.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+/// The record.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Position {
+    /// Run ids of the Redis servers whose data is known to be good.
+    pub instances: BTreeSet<String>,
+    /// Creation time of the stream, in microseconds since the Unix epoch: its identity.
+    pub stream_created_us: i64,
+    /// Every message up to this sequence was applied.
+    pub acked_seq: u64,
+    /// Every message published up to this time was applied, in microseconds since the Unix epoch by the clock of NATS.
+    pub acked_until_us: i64,
+}
+
+/// The stream and the consumer as they are now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    /// Creation time of the stream, in microseconds since the Unix epoch.
+    pub stream_created_us: i64,
+    /// First sequence in the stream.
+    pub first_seq: u64,
+    /// Last sequence the stream has given.
+    pub last_seq: u64,
+    /// Every message up to this sequence was acknowledged by this consumer.
+    pub ack_floor: u64,
+}
+
+/// What became of the messages that this cache has not applied yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Continuity {
+    /// They are all in the stream.
+    Whole,
+    /// So many of them expired before they were read.
+    Expired {
+        /// How many.
+        messages: u64,
+    },
+    /// It is another stream than the one known.
+    Recreated,
+    /// The stream ends before what had been read of it: NATS came back with old data.
+    Truncated,
+}
+
+impl Position {
+    /// Judges what is seen now against what is remembered.
+    #[must_use]
+    pub fn judge(&self, seen: Seen) -> Continuity {
+        if self.stream_created_us == 0 {
+            return Continuity::Whole;
+        }
+        if self.stream_created_us != seen.stream_created_us {
+            return Continuity::Recreated;
+        }
+        let applied = self.acked_seq.max(seen.ack_floor);
+        if applied > seen.last_seq {
+            return Continuity::Truncated;
+        }
+        // `first_seq` is the sequence of the first message, or of the next one to come if there is none.
+        match seen.first_seq.saturating_sub(1).saturating_sub(applied) {
+            0 => Continuity::Whole,
+            messages => Continuity::Expired { messages },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KNOWN: Position =
+        Position { instances: BTreeSet::new(), stream_created_us: 7, acked_seq: 100, acked_until_us: 1 };
+    const SEEN: Seen = Seen { stream_created_us: 7, first_seq: 40, last_seq: 150, ack_floor: 100 };
+
+    #[test]
+    fn a_stream_that_still_has_everything_unread_is_whole() {
+        assert_eq!(KNOWN.judge(SEEN), Continuity::Whole);
+        assert_eq!(KNOWN.judge(Seen { first_seq: 101, ..SEEN }), Continuity::Whole);
+        // Everything was read and has expired since.
+        assert_eq!(KNOWN.judge(Seen { first_seq: 101, last_seq: 100, ..SEEN }), Continuity::Whole);
+        assert_eq!(
+            Position::default().judge(Seen { first_seq: 40, ack_floor: 0, ..SEEN }),
+            Continuity::Whole
+        );
+    }
+
+    #[test]
+    fn messages_that_expired_unread_are_counted() {
+        let seen = Seen { first_seq: 121, ..SEEN };
+        assert_eq!(KNOWN.judge(seen), Continuity::Expired { messages: 20 });
+    }
+
+    #[test]
+    fn another_or_a_shorter_stream_is_noticed() {
+        assert_eq!(KNOWN.judge(Seen { stream_created_us: 8, ..SEEN }), Continuity::Recreated);
+        assert_eq!(KNOWN.judge(Seen { last_seq: 90, ack_floor: 80, ..SEEN }), Continuity::Truncated);
+        assert_eq!(KNOWN.judge(Seen { last_seq: 90, ack_floor: 95, ..SEEN }), Continuity::Truncated);
+    }
+}

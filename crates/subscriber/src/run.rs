@@ -1,0 +1,102 @@
+use std::sync::Arc;
+use std::time::Duration;
+
+use cache::Redis;
+use service::nats::Nats;
+use service::{Health, HttpServer, Limits, Metrics, Shutdown, drain};
+use tokio::sync::watch;
+use tokio_util::task::TaskTracker;
+
+use crate::dead::DeadLetters;
+use crate::supervisor::Supervisor;
+use crate::worker::{self, Shared};
+use crate::{Config, broker};
+
+/// Without a turn of its loop for this long a component is not ready. Waiting for messages is not silence.
+const STALL_AFTER: Duration = Duration::from_secs(30);
+
+/// Without a turn of its loop for this long the process should be restarted.
+const DEAD_AFTER: Duration = Duration::from_mins(10);
+
+/// Runs the subscriber until shutdown is requested, then finishes the batches in hand.
+///
+/// # Errors
+/// What is wrong with the configuration or the surroundings at the start, naming what to fix; and
+/// [`Halt`](crate::Halt). Other trouble is waited out.
+pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
+    config.check()?;
+    let redis = Redis::new(config.redis())?;
+    refuse_wrong_credentials(&redis).await?;
+    let nats = Nats::connect(&config.nats, "subscriber", config.startup_timeout).await?;
+    let jetstream = broker::jetstream(&nats);
+    wait_for_stream(&jetstream, &config, &shutdown).await?;
+    broker::ensure_dead_stream(&jetstream).await?;
+
+    let metrics = Metrics::install()?;
+    crate::metrics::describe();
+    let health = Health::new();
+    let limits = Limits { stall_after: Some(STALL_AFTER), dead_after: Some(DEAD_AFTER) };
+    let watching = health.component("stream and redis", limits);
+    let http = HttpServer::start(config.http_addr, health.clone(), metrics).await?;
+
+    let (consumer_sender, consumer) = watch::channel(None);
+    let shared = Arc::new(Shared {
+        redis: redis.clone(),
+        dead: DeadLetters::new(jetstream.clone()),
+        consumer,
+        max_payload: nats.client.server_info().max_payload,
+        config: config.clone(),
+    });
+    let tasks = TaskTracker::new();
+    for _ in 0..config.workers {
+        tasks.spawn(worker::run(Arc::clone(&shared), health.component("apply", limits), shutdown.clone()));
+    }
+    let supervisor = Supervisor { nats, jetstream, redis, consumer: consumer_sender, config: config.clone() };
+    let mut watch = tokio::spawn(supervisor.run(watching, shutdown.clone()));
+    tasks.close();
+    tracing::info!(
+        nats = %config.nats.nats_url, redis = %config.redis_url, durable = config.durable, http = %http.local_addr(),
+        "subscriber runs"
+    );
+
+    let outcome = tokio::select! {
+        ended = &mut watch => ended?,
+        () = shutdown.requested() => Ok(()),
+    };
+    shutdown.request();
+    health.draining();
+    drain("batches in hand", async { tasks.wait().await }, config.service.drain_timeout).await;
+    http.stop().await;
+    Ok(outcome?)
+}
+
+/// A Redis that is down is waited for; one that refuses us needs the operator.
+async fn refuse_wrong_credentials(redis: &Redis) -> Result<(), cache::RedisError> {
+    match redis.ping().await {
+        Err(error) if !error.is_retryable() => Err(error),
+        Err(error) => {
+            tracing::warn!(%error, "Redis does not answer yet");
+            Ok(())
+        }
+        Ok(()) => Ok(()),
+    }
+}
+
+/// The relay creates the stream; whoever starts both at once need not care about the order.
+async fn wait_for_stream(
+    jetstream: &async_nats::jetstream::Context,
+    config: &Config,
+    shutdown: &Shutdown,
+) -> Result<(), broker::BrokerError> {
+    let started = tokio::time::Instant::now();
+    loop {
+        match broker::stream(jetstream).await {
+            Err(broker::BrokerError::NoStream) if started.elapsed() < config.startup_timeout => {}
+            other => return other.map(drop),
+        }
+        tokio::select! {
+            () = shutdown.requested() => return Ok(()),
+            () = tokio::time::sleep(Duration::from_millis(100)) => {}
+        }
+    }
+}

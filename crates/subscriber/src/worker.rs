@@ -1,0 +1,262 @@
+//! The loop that applies events: fetch, invalidate, acknowledge.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_nats::jetstream::consumer::PullConsumer;
+use async_nats::jetstream::consumer::pull::{self, MessagesErrorKind};
+use async_nats::jetstream::{AckKind, Message};
+use cache::{Redis, Work};
+use event::{Envelope, Traceparent};
+use futures::{FutureExt, StreamExt};
+use metrics::{counter, gauge, histogram};
+use service::{Backoff, Component, Shutdown, failpoint, trace};
+use tokio::sync::watch;
+use tracing::Span;
+
+use crate::dead::DeadLetters;
+use crate::metrics as names;
+use crate::{Config, FAILPOINTS};
+
+/// Most messages asked for at once, and so most that wait in memory.
+const FETCH_MESSAGES: usize = 64;
+
+/// Most bytes asked for at once, unless one message may be larger.
+const FETCH_BYTES: usize = 4 * 1024 * 1024;
+
+/// A batch is applied when it has this many keys, whatever else is ready.
+const BATCH_KEYS: usize = 20_000;
+
+/// How long a request for messages stays open on the server, and how often it says that it is alive.
+const FETCH_EXPIRES: Duration = Duration::from_secs(30);
+const FETCH_HEARTBEAT: Duration = Duration::from_secs(5);
+
+/// Pauses after a failure of Redis or NATS.
+const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
+
+/// What all workers share.
+#[derive(Debug)]
+pub struct Shared {
+    /// The cache.
+    pub redis: Redis,
+    /// Where undecodable messages go.
+    pub dead: DeadLetters,
+    /// The durable consumer, while the stream is known to be whole.
+    pub consumer: watch::Receiver<Option<PullConsumer>>,
+    /// Options.
+    pub config: Config,
+    /// Largest message the broker delivers, in bytes.
+    pub max_payload: usize,
+}
+
+/// Messages in hand and what they ask for.
+#[derive(Default)]
+struct Batch {
+    messages: Vec<Message>,
+    work: Work,
+    events: u64,
+    /// Enqueue time of the oldest event of each message.
+    oldest_us: Vec<i64>,
+    bytes: usize,
+    /// Spans of traced messages; each lasts until its message is acknowledged.
+    spans: Vec<Span>,
+}
+
+/// Applies messages until shutdown is requested, then finishes the batch in hand.
+pub async fn run(shared: Arc<Shared>, health: Component, shutdown: Shutdown) {
+    let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
+    let mut consumer = shared.consumer.clone();
+    while !shutdown.is_requested() {
+        health.idle();
+        let current = tokio::select! {
+            () = shutdown.requested() => break,
+            current = consumer.wait_for(Option::is_some) => match current {
+                Ok(current) => current.clone(),
+                Err(_) => break,
+            },
+        };
+        let Some(current) = current else { continue };
+        health.beat();
+        consumer.mark_unchanged();
+        match messages(&current, shared.max_payload).await {
+            Ok(stream) => {
+                health.ready();
+                retry.reset();
+                pump(&shared, stream, &mut consumer, &health, &shutdown).await;
+            }
+            Err(error) => health.not_ready(format!("cannot fetch messages: {error}")),
+        }
+        tokio::select! {
+            () = shutdown.requested() => {}
+            () = tokio::time::sleep(retry.next_delay()) => {}
+        }
+    }
+}
+
+async fn messages(consumer: &PullConsumer, max_payload: usize) -> Result<pull::Stream, async_nats::Error> {
+    Ok(consumer
+        .stream()
+        .max_messages_per_batch(FETCH_MESSAGES)
+        // A limit below the size of one message would stop the consumer for ever.
+        .max_bytes_per_batch(FETCH_BYTES.max(max_payload.saturating_mul(2)))
+        .expires(FETCH_EXPIRES)
+        .heartbeat(FETCH_HEARTBEAT)
+        .messages()
+        .await?)
+}
+
+/// Takes batches from the stream until it ends, the consumer is replaced or shutdown is requested.
+async fn pump(
+    shared: &Shared,
+    mut stream: pull::Stream,
+    consumer: &mut watch::Receiver<Option<PullConsumer>>,
+    health: &Component,
+    shutdown: &Shutdown,
+) {
+    loop {
+        health.idle();
+        let next = tokio::select! {
+            () = shutdown.requested() => return,
+            changed = consumer.changed() => {
+                if changed.is_ok() { return; }
+                continue;
+            }
+            next = stream.next() => next,
+        };
+        health.beat();
+        let first = match next {
+            Some(Ok(message)) => message,
+            Some(Err(error)) if matches!(error.kind(), MessagesErrorKind::MissingHeartbeat) => {
+                tracing::debug!("NATS misses a heartbeat; the fetch goes on by itself");
+                continue;
+            }
+            Some(Err(error)) => {
+                tracing::warn!(%error, "cannot fetch messages; trying again");
+                return;
+            }
+            None => return,
+        };
+        let mut batch = Batch::default();
+        shared.take(&mut batch, first).await;
+        while batch.has_room()
+            && let Some(Some(Ok(message))) = stream.next().now_or_never()
+        {
+            shared.take(&mut batch, message).await;
+        }
+        if !batch.messages.is_empty() {
+            shared.settle(batch, health, shutdown).await;
+        }
+    }
+}
+
+impl Batch {
+    fn has_room(&self) -> bool {
+        self.messages.len() < FETCH_MESSAGES && self.work.keys() < BATCH_KEYS && self.bytes < FETCH_BYTES
+    }
+
+    fn add(&mut self, message: Message, envelope: &Envelope) {
+        self.bytes += message.payload.len();
+        self.events += envelope.events.len() as u64;
+        envelope.events.iter().for_each(|event| self.work.add(event));
+        self.oldest_us.extend(envelope.events.iter().map(|event| event.at_us).min());
+        self.spans.extend(span(&message));
+        self.messages.push(message);
+    }
+}
+
+/// The part of the writer's trace that happens here, if it has one.
+fn span(message: &Message) -> Option<Span> {
+    let header = message.headers.as_ref()?.get("traceparent")?;
+    let traceparent = Traceparent::new(header.as_str()).ok()?;
+    let span = tracing::info_span!("invalidate", subject = %message.subject);
+    trace::parent_from(&span, traceparent.as_str());
+    Some(span)
+}
+
+impl Shared {
+    /// Adds a message to the batch, or sets it aside if it is poison.
+    async fn take(&self, batch: &mut Batch, message: Message) {
+        if message.info().is_ok_and(|info| info.delivered > 1) {
+            counter!(names::REDELIVERIES).increment(1);
+        }
+        match Envelope::decode(&message.payload) {
+            Ok(envelope) => batch.add(message, &envelope),
+            Err(error) => match self.dead.set_aside(&message, &error).await {
+                Ok(()) => {
+                    counter!(names::MESSAGES, "result" => "dead_letter").increment(1);
+                    counter!(names::DEAD_LETTERS).increment(1);
+                }
+                // Not acknowledged, so it comes again.
+                Err(failure) => {
+                    tracing::warn!(error = %failure, "cannot set aside a message that cannot be decoded")
+                }
+            },
+        }
+    }
+
+    /// Applies a batch, for as long as it takes, and acknowledges it. Given up only on shutdown: the messages are then
+    /// delivered to somebody else.
+    async fn settle(&self, batch: Batch, health: &Component, shutdown: &Shutdown) {
+        let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
+        let mut kept_alive = Instant::now();
+        loop {
+            let started = Instant::now();
+            match self.redis.apply(&batch.work).await {
+                Ok(applied) => {
+                    histogram!(names::APPLY_TIME).record(started.elapsed());
+                    counter!(names::KEYS_PRESENT).increment(applied.deleted);
+                    counter!(names::UPDATES, "outcome" => "replaced").increment(applied.updated);
+                    counter!(names::UPDATES, "outcome" => "ignored").increment(applied.ignored);
+                    break;
+                }
+                Err(error) => {
+                    counter!(names::REDIS_FAILURES).increment(1);
+                    gauge!(names::REDIS_UP).set(0.0);
+                    health.not_ready(format!("Redis does not apply invalidations: {error}"));
+                    if retry.attempts() == 0 {
+                        let cause =
+                            std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+                        tracing::warn!(%error, cause, "Redis does not apply invalidations; keeping them until it does");
+                    }
+                }
+            }
+            tokio::select! {
+                () = shutdown.requested() => return,
+                () = tokio::time::sleep(retry.next_delay()) => {}
+            }
+            if kept_alive.elapsed() >= self.config.ack_wait / 3 {
+                kept_alive = Instant::now();
+                for message in &batch.messages {
+                    let _ = message.ack_with(AckKind::Progress).await;
+                }
+            }
+        }
+        if retry.attempts() > 0 {
+            tracing::info!(keys = batch.work.keys(), "Redis applies invalidations again");
+            health.ready();
+        }
+        failpoint::hit(FAILPOINTS[0]).await;
+        for message in &batch.messages {
+            if let Err(error) = message.ack().await {
+                tracing::debug!(%error, "could not acknowledge a message; it will be applied once more");
+            }
+        }
+        failpoint::hit(FAILPOINTS[1]).await;
+        batch.count();
+    }
+}
+
+impl Batch {
+    fn count(&self) {
+        gauge!(names::REDIS_UP).set(1.0);
+        counter!(names::MESSAGES, "result" => "applied").increment(self.messages.len() as u64);
+        counter!(names::EVENTS_APPLIED).increment(self.events);
+        counter!(names::KEYS_INVALIDATED).increment(self.work.keys() as u64);
+        let now = chrono::Utc::now().timestamp_micros();
+        for oldest in &self.oldest_us {
+            let microseconds = now.saturating_sub(*oldest).max(0).cast_unsigned();
+            histogram!(names::ENQUEUE_TO_DELETE).record(Duration::from_micros(microseconds));
+        }
+    }
+}
