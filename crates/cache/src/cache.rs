@@ -23,6 +23,7 @@ use crate::redis::Found;
 use crate::{Redis, RedisError};
 use breaker::Breaker;
 use flight::Flights;
+use miss::Miss;
 
 /// Reads through the cache: a hit is one `GET`, a miss loads the value and fills it under a lease.
 ///
@@ -123,9 +124,13 @@ impl Cache {
             self.shared.meters.hits.increment(1);
             return Ok(value);
         }
-        let unusable = matches!(found, Some(Found::Value(_) | Found::WrongType));
+        let miss = match found {
+            Some(Found::Nothing) => Miss::Absent,
+            Some(Found::Value(_) | Found::WrongType) => Miss::Unusable,
+            None => Miss::NoAnswer,
+        };
         // Boxed so that the future of a hit, by far the most frequent, stays small.
-        Box::pin(self.miss(&key, options, unusable, loader)).await
+        Box::pin(self.miss(&key, options, miss, loader)).await
     }
 
     /// The connection, for invalidations and marks.

@@ -7,9 +7,9 @@ pub enum RedisError {
     #[error("redis is not available")]
     Unavailable(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The credentials or rights are not enough. Someone has to change them; trying again does not help by itself.
-    #[error("redis refuses the command with {code}")]
+    #[error("redis refuses access ({code})")]
     Refused {
-        /// The code Redis answered, such as `NOPERM`.
+        /// The code Redis answered, such as `NOPERM` or `WRONGPASS`.
         code: String,
         /// The whole answer.
         #[source]
@@ -56,7 +56,7 @@ impl From<redis::RedisError> for RedisError {
             | ErrorKind::ClusterConnectionNotFound
             | ErrorKind::MasterNameNotFoundBySentinel
             | ErrorKind::NoValidReplicasFoundBySentinel => Self::Unavailable(error.into()),
-            ErrorKind::AuthenticationFailed => refused("authentication", error),
+            ErrorKind::AuthenticationFailed => refused("WRONGPASS", error),
             ErrorKind::InvalidClientConfig | ErrorKind::EmptySentinelList | ErrorKind::Client => {
                 Self::Config(error.to_string())
             }

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use deadpool_redis::redis::aio::{ConnectionLike, MultiplexedConnection};
 use deadpool_redis::redis::cluster_async::ClusterConnection;
-use deadpool_redis::redis::{Cmd, ErrorKind, FromRedisValue, Pipeline, ServerErrorKind, Value};
+use deadpool_redis::redis::{Cmd, ErrorKind, FromRedisValue, Pipeline, ServerErrorKind, ToRedisArgs, Value};
 
 pub use apply::Applied;
 pub use config::{RedisConfig, RedisTls};
@@ -28,6 +28,7 @@ pub(crate) use values::Found;
 
 use crate::RedisError;
 use crate::script::Script;
+use batch::Group;
 use lanes::{Lane, Lanes};
 
 /// Connection to one cache: a single server, a Cluster, or the master that Sentinels name.
@@ -108,22 +109,39 @@ impl Redis {
         answers.map_err(|error| self.lanes.failed(lane, error))
     }
 
-    /// Calls a script. `arguments` adds the number of keys, the keys and the arguments.
+    /// Calls a script. The arguments start with the number of keys.
     async fn call<T: FromRedisValue>(
         &self,
         script: &Script,
-        arguments: impl Fn(&mut Cmd),
+        arguments: &impl ToRedisArgs,
     ) -> Result<T, RedisError> {
-        let mut call = script.call();
-        arguments(&mut call);
-        match self.query(&call).await {
+        match self.query(script.call().arg(arguments)).await {
             Err(RedisError::Unavailable(cause)) if is_unknown_script(&*cause) => {
-                let mut call = script.call_with_text();
-                arguments(&mut call);
-                self.query(&call).await
+                self.query(script.call_with_text().arg(arguments)).await
             }
             answer => answer,
         }
+    }
+
+    /// Calls a script once per key, in one round trip per server. Answers are in the order of the keys.
+    async fn call_many<'a, A: ToRedisArgs>(
+        &self,
+        script: &Script,
+        keys: impl Iterator<Item = (&'a str, A)>,
+    ) -> Result<Vec<Value>, RedisError> {
+        let groups = self.group(keys.enumerate(), |(_, (key, _))| key.as_bytes());
+        let calls = |group: &Group<(usize, (&str, A))>| {
+            let mut pipeline = Pipeline::with_capacity(group.items.len());
+            for (nth, (_, (_, arguments))) in group.items.iter().enumerate() {
+                script.call_in(&mut pipeline, nth == 0).arg(arguments);
+            }
+            pipeline
+        };
+        let answers = self.run_all(groups.iter().map(calls).collect()).await?;
+        let places = groups.iter().flat_map(|group| group.items.iter().map(|(at, _)| *at));
+        let mut placed: Vec<_> = places.zip(answers.into_iter().flatten()).collect();
+        placed.sort_unstable_by_key(|(at, _)| *at);
+        Ok(placed.into_iter().map(|(_, answer)| answer).collect())
     }
 }
 

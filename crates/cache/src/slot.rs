@@ -65,18 +65,28 @@ const fn crc16_table() -> [u16; 256] {
 
 #[cfg(test)]
 mod tests {
+    use deadpool_redis::redis::cluster_routing::{Route, SlotAddr};
+
     use super::*;
 
     #[test]
     fn slots_are_those_of_the_cluster_specification() {
         assert_eq!(crc16(b"123456789"), 0x31C3);
         // As `CLUSTER KEYSLOT` of Redis 7.0 answers.
-        for (name, slot) in [("foo", 12182), ("{}x", 10595), ("a}b", 1793), ("", 0)] {
+        for (name, slot) in [("foo", 12182), ("{}x", 10595), ("a}b", 7866), ("", 0)] {
             assert_eq!(slot_of(name.as_bytes()), slot, "{name}");
         }
         assert_eq!(slot_of(b"{user1000}.following"), slot_of(b"user1000"));
         assert_eq!(slot_of(b"foo{{bar}}zap"), slot_of(b"{bar"));
         assert_eq!(slot_of(b"foo{bar}{zap}"), slot_of(b"bar"));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn slots_are_those_the_cluster_client_routes_by(name in "[{}a-c]{0,12}|\\PC{0,30}") {
+            let ours = Route::new(slot_of(name.as_bytes()), SlotAddr::Master);
+            proptest::prop_assert_eq!(ours, Route::with_key(&name, SlotAddr::Master));
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, PgPool, Postgres, Row, Transaction};
 use uuid::Uuid;
 
-use crate::enqueue::{update_columns, xid};
+use crate::enqueue::update_columns;
 
 /// How to claim.
 #[derive(Debug, Clone, Copy)]
@@ -81,7 +81,7 @@ const TAKE: &str = "
                 from outbox.events where seq >= $1 order by seq limit $2 for update skip locked
             ) locked
         ) measured where bytes_before < $3))
-    returning seq, id, topic, keys, value, version, ttl_ms, xid, traceparent, created_at";
+    returning seq, id, topic, keys, value, version, ttl_ms, xid::text::bigint, traceparent, created_at";
 
 /// Whether any row at or above `from_seq` waits, claimed by another relay or not. The cheapest question there is: one
 /// round trip of the simple protocol, no transaction.
@@ -215,7 +215,7 @@ impl Columns {
             value: row.try_get(4)?,
             version: row.try_get(5)?,
             ttl_ms: row.try_get(6)?,
-            xid: xid(row, "xid")?,
+            xid: row.try_get::<i64, _>(7)?.cast_unsigned(),
             traceparent: row.try_get(8)?,
             created_at: row.try_get(9)?,
         })

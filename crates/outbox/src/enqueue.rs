@@ -64,7 +64,7 @@ impl From<sqlx::Error> for EnqueueError {
 /// [`EnqueueError`]. Not cancel-safe: after a cancelled call roll the transaction back.
 pub async fn enqueue(tx: &mut Transaction<'_, Postgres>, event: &Event) -> Result<Receipt, EnqueueError> {
     let (value, version, ttl_ms) = update_columns(event.change());
-    let row = sqlx::query("select event_id, xid, seq from outbox.enqueue($1, $2, $3, $4, $5, $6, $7)")
+    let row = sqlx::query("select event_id, xid::text::bigint as xid, seq from outbox.enqueue($1, $2, $3, $4, $5, $6, $7)")
         .persistent(false)
         .bind(event.keys().iter().map(event::CacheKey::as_str).collect::<Vec<_>>())
         .bind(event.topic().as_str())
@@ -91,7 +91,7 @@ pub async fn enqueue_all(
     }
     let mut columns = Columns::with_capacity(events.len());
     events.iter().for_each(|event| columns.push(event));
-    let rows = sqlx::query("select event_id, xid, seq from outbox.enqueue_all($1, $2, $3, $4, $5, $6, $7)")
+    let rows = sqlx::query("select event_id, xid::text::bigint as xid, seq from outbox.enqueue_all($1, $2, $3, $4, $5, $6, $7)")
         .persistent(false)
         .bind(columns.ids)
         .bind(columns.topics)
@@ -154,14 +154,11 @@ pub(crate) fn update_columns(change: &Change) -> (Option<&[u8]>, Option<i64>, Op
 fn receipt(row: &PgRow) -> Result<Receipt, EnqueueError> {
     Ok(Receipt {
         event_id: EventId(row.try_get("event_id")?),
-        xid: Xid(xid(row, "xid")?),
+        // As `bigint`: sqlx would look up the unknown type `xid8` with a statement of its own, which replaces the
+        // unnamed one that it has just prepared.
+        xid: Xid(row.try_get::<i64, _>("xid")?.cast_unsigned()),
         seq: row.try_get("seq")?,
     })
-}
-
-/// sqlx has no type for `xid8`; in the binary format it is eight bytes like `bigint`.
-pub(crate) fn xid(row: &PgRow, column: &str) -> Result<u64, sqlx::Error> {
-    row.try_get_unchecked::<i64, _>(column).map(i64::cast_unsigned)
 }
 
 /// The text form of a Postgres array: `{"a","b\"c"}`.

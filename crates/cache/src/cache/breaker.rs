@@ -34,7 +34,8 @@ impl Breaker {
             return true;
         }
         let next = now_ms + self.pause_ms();
-        let only_one = || self.retry_at_ms.compare_exchange(retry_at, next, Ordering::Relaxed, Ordering::Relaxed);
+        let only_one =
+            || self.retry_at_ms.compare_exchange(retry_at, next, Ordering::Relaxed, Ordering::Relaxed);
         now_ms >= retry_at && only_one().is_ok()
     }
 

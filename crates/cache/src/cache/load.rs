@@ -46,6 +46,12 @@ impl<'a> Lease<'a> {
         Self { cache, key, token, used: false }
     }
 
+    /// The key, for a fill together with others.
+    pub(super) fn used_for_many(mut self) -> &'a CacheKey {
+        self.used = true;
+        self.key
+    }
+
     /// Offers a value. If it was stored, says when it was sent.
     async fn fill(mut self, fill: Fill<'_>) -> Option<Instant> {
         self.used = true;
@@ -115,7 +121,11 @@ impl Cache {
     }
 
     /// How long these bytes may be served; `None` if they are not to be stored.
-    pub(super) fn storable_for<T, C: Codec<T>>(&self, options: &Options<C>, bytes: &[u8]) -> Option<Duration> {
+    pub(super) fn storable_for<T, C: Codec<T>>(
+        &self,
+        options: &Options<C>,
+        bytes: &[u8],
+    ) -> Option<Duration> {
         let ttl = if options.codec.is_absent(bytes) { options.negative_ttl } else { options.ttl };
         if ttl.is_zero() || bytes.len() > self.shared.config.max_value_bytes {
             self.shared.meters.fills.skipped.increment(1);

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use event::CacheKey;
-use tokio::time::{sleep, timeout};
+use tokio::time::{sleep, timeout_at};
 
 use super::flight::{Landing, Leader, Role};
 use super::load::{Lease, Loaded};
@@ -18,6 +18,16 @@ const MAX_FLIGHTS: usize = 4;
 const FIRST_POLL: Duration = Duration::from_millis(1);
 const LONGEST_POLL: Duration = Duration::from_millis(20);
 
+/// Why there is no value from the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Miss {
+    Absent,
+    /// Of the wrong type, or not decodable: to be replaced.
+    Unusable,
+    /// Redis did not answer. It is not asked again in this read, which has waited long enough.
+    NoAnswer,
+}
+
 /// How the leader of a flight goes on.
 enum Course<'a, T> {
     /// The value has appeared, and the followers know.
@@ -31,7 +41,7 @@ impl Cache {
         &self,
         key: &CacheKey,
         options: &Options<C>,
-        unusable: bool,
+        miss: Miss,
         loader: F,
     ) -> Result<T, E>
     where
@@ -40,14 +50,16 @@ impl Cache {
         Fut: Future<Output = Result<Loaded<T>, E>>,
     {
         let came = Instant::now();
+        // A load that takes longer than a lease is not worth waiting for: nobody may store it.
+        let patience = tokio::time::Instant::now() + self.shared.config.lease;
         self.shared.meters.misses.increment(1);
-        if unusable {
+        if miss == Miss::Unusable {
             self.count_unusable(key);
         }
         for _ in 0..MAX_FLIGHTS {
             let follower = match self.shared.flights.join(key) {
                 Role::Leader(leader) => {
-                    return match self.lead(leader, key, options, unusable).await {
+                    return match self.lead(leader, key, options, miss).await {
                         Course::Done(value) => Ok(value),
                         Course::Load(leader, lease) => {
                             self.load_and_fill(leader, lease, options, loader).await
@@ -59,8 +71,7 @@ impl Cache {
             if let Some(value) = self.stale(key, options).await {
                 return Ok(value);
             }
-            // A load that takes longer than a lease is not worth waiting for: nobody may store it.
-            match timeout(self.shared.config.lease, follower.landing()).await {
+            match timeout_at(patience, follower.landing()).await {
                 Ok(Landing::Value { bytes, for_readers_before }) if came < for_readers_before => {
                     let Ok(value) = options.codec.decode(&bytes) else { break };
                     self.shared.meters.shared_loads.increment(1);
@@ -79,8 +90,12 @@ impl Cache {
         leader: Leader<'a>,
         key: &'a CacheKey,
         options: &Options<C>,
-        mut unusable: bool,
+        miss: Miss,
     ) -> Course<'a, T> {
+        if miss == Miss::NoAnswer {
+            return Course::Load(leader, None);
+        }
+        let mut unusable = miss == Miss::Unusable;
         let config = &self.shared.config;
         let token = LeaseToken::generate();
         let patience = Instant::now() + config.wait;

@@ -21,7 +21,7 @@ const CLUSTER_RETRY_WAIT_MS: (u64, u64) = (10, 200);
 /// A client that has not connected yet.
 pub(super) enum Target {
     Server(Client),
-    Cluster(ClusterClient),
+    Cluster(Box<ClusterClient>),
     Sentinel(Box<tokio::sync::Mutex<SentinelClient>>),
 }
 
@@ -104,7 +104,8 @@ fn cluster(
     if let Some(certificates) = certificates {
         builder = builder.certs(certificates);
     }
-    Ok(Target::Cluster(builder.build().map_err(|error| invalid(&error.to_string(), &config.url))?))
+    let client = builder.build().map_err(|error| invalid(&error.to_string(), &config.url))?;
+    Ok(Target::Cluster(Box::new(client)))
 }
 
 fn sentinel(

@@ -22,13 +22,13 @@ impl Redis {
         let masters = self.masters().await?;
         for pattern in patterns {
             let pattern = names::guards_and_stale_matching(pattern);
-            for (master, _) in &masters {
+            for master in &masters {
                 self.delete_found(master, &pattern, names::is_guard_or_stale).await?;
             }
         }
         let mut deleted = 0;
         for pattern in patterns {
-            for (master, _) in &masters {
+            for master in &masters {
                 deleted += self.delete_found(master, pattern, names::is_value).await?;
             }
         }

@@ -143,6 +143,9 @@ impl Lanes {
         match error.kind() {
             ErrorKind::Io | ErrorKind::Parse | ErrorKind::ClusterConnectionNotFound => self.give_up(lane),
             ErrorKind::Server(ServerErrorKind::ReadOnly) => self.give_up_all(),
+            ErrorKind::Server(ServerErrorKind::Moved | ServerErrorKind::CrossSlot) if !self.is_cluster() => {
+                return RedisError::Config("the server is a node of a cluster, use redis+cluster://".into());
+            }
             _ => {}
         }
         error.into()

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use deadpool_redis::redis::{Cmd, Value};
+use deadpool_redis::redis::{RedisWrite, ToRedisArgs, Value};
 use event::CacheKey;
 
 use super::Redis;
@@ -73,9 +73,21 @@ impl Redis {
         lease: Duration,
         unusable: bool,
     ) -> Result<Acquired, RedisError> {
-        let answer =
-            self.call(&ACQUIRE, |call| add_acquire(call, key.as_str(), token, lease, unusable)).await?;
-        read_acquired(answer)
+        let arguments = AcquireArguments { key: key.as_str(), token, lease, unusable };
+        read_acquired(self.call(&ACQUIRE, &arguments).await?)
+    }
+
+    /// As [`acquire`](Self::acquire) for many keys in one round trip per server. Answers are in the order of the keys.
+    pub(crate) async fn acquire_many(
+        &self,
+        keys: &[(&CacheKey, bool)],
+        token: LeaseToken,
+        lease: Duration,
+    ) -> Result<Vec<Acquired>, RedisError> {
+        let arguments = keys.iter().map(|&(key, unusable)| {
+            (key.as_str(), AcquireArguments { key: key.as_str(), token, lease, unusable })
+        });
+        self.call_many(&ACQUIRE, arguments).await?.into_iter().map(read_acquired).collect()
     }
 
     /// Stores a loaded value if the lease is still held, and says whether it was. The load must have begun after the
@@ -84,8 +96,18 @@ impl Redis {
     /// # Errors
     /// Any [`RedisError`]; the value may have been stored.
     pub async fn fill(&self, key: &CacheKey, token: LeaseToken, fill: Fill<'_>) -> Result<bool, RedisError> {
-        let shard = self.shard_of(key.as_str());
-        self.call(&FILL, |call| add_fill(call, key.as_str(), shard, token, &fill)).await
+        self.call(&FILL, &self.fill_arguments(key, token, fill)).await
+    }
+
+    /// As [`fill`](Self::fill) for many keys in one round trip per server. Answers are in the order of the keys.
+    pub(crate) async fn fill_many(
+        &self,
+        fills: &[(&CacheKey, Fill<'_>)],
+        token: LeaseToken,
+    ) -> Result<Vec<bool>, RedisError> {
+        let arguments =
+            fills.iter().map(|(key, fill)| (key.as_str(), self.fill_arguments(key, token, *fill)));
+        self.call_many(&FILL, arguments).await?.into_iter().map(read).collect()
     }
 
     /// Gives a lease back without filling.
@@ -93,20 +115,64 @@ impl Redis {
     /// # Errors
     /// Any [`RedisError`]; the lease ends by itself.
     pub async fn release(&self, key: &CacheKey, token: LeaseToken) -> Result<(), RedisError> {
-        let add = |call: &mut Cmd| {
-            call.arg(1).arg(guard(key.as_str())).arg(token.to_string());
-        };
-        self.call::<Value>(&RELEASE, add).await.map(drop)
+        let arguments = ReleaseArguments { key: key.as_str(), token };
+        self.call::<Value>(&RELEASE, &arguments).await.map(drop)
     }
 
-    pub(super) fn shard_of(&self, key: &str) -> Shard {
-        if self.is_cluster() { Shard::Slot(slot_of(key.as_bytes())) } else { Shard::Server }
+    fn fill_arguments<'a>(&self, key: &'a CacheKey, token: LeaseToken, fill: Fill<'a>) -> FillArguments<'a> {
+        let key = key.as_str();
+        let shard = if self.is_cluster() { Shard::Slot(slot_of(key.as_bytes())) } else { Shard::Server };
+        FillArguments { key, shard, token, fill }
     }
 }
 
-fn add_acquire(call: &mut Cmd, key: &str, token: LeaseToken, lease: Duration, unusable: bool) {
-    call.arg(3).arg(key).arg(guard(key)).arg(marks(key));
-    call.arg(token.to_string()).arg(milliseconds(lease)).arg(u8::from(unusable));
+struct AcquireArguments<'a> {
+    key: &'a str,
+    token: LeaseToken,
+    lease: Duration,
+    unusable: bool,
+}
+
+impl ToRedisArgs for AcquireArguments<'_> {
+    fn write_redis_args<W: ?Sized + RedisWrite>(&self, out: &mut W) {
+        let Self { key, token, lease, unusable } = self;
+        (3, key, guard(key), marks(key)).write_redis_args(out);
+        (token.to_string(), milliseconds(*lease), u8::from(*unusable)).write_redis_args(out);
+    }
+}
+
+struct FillArguments<'a> {
+    key: &'a str,
+    shard: Shard,
+    token: LeaseToken,
+    fill: Fill<'a>,
+}
+
+impl ToRedisArgs for FillArguments<'_> {
+    fn write_redis_args<W: ?Sized + RedisWrite>(&self, out: &mut W) {
+        let Self { key, shard, token, fill } = self;
+        (4, key, guard(key), stale(key), shard.has_stale_copies()).write_redis_args(out);
+        (token.to_string(), fill.value, milliseconds(fill.ttl)).write_redis_args(out);
+        match fill.version {
+            Some(version) => version.write_redis_args(out),
+            None => "".write_redis_args(out),
+        }
+        match fill.keep_stale_copy {
+            true => milliseconds(fill.ttl + MAX_STALE).write_redis_args(out),
+            false => "".write_redis_args(out),
+        }
+    }
+}
+
+struct ReleaseArguments<'a> {
+    key: &'a str,
+    token: LeaseToken,
+}
+
+impl ToRedisArgs for ReleaseArguments<'_> {
+    fn write_redis_args<W: ?Sized + RedisWrite>(&self, out: &mut W) {
+        (1, guard(self.key), self.token.to_string()).write_redis_args(out);
+    }
 }
 
 fn read_acquired(answer: Value) -> Result<Acquired, RedisError> {
@@ -118,17 +184,4 @@ fn read_acquired(answer: Value) -> Result<Acquired, RedisError> {
         (Some(b"VALUE"), Some(value)) => Ok(Acquired::Value(value)),
         _ => Err(RedisError::unexpected("ACQUIRE has no such answer")),
     }
-}
-
-fn add_fill(call: &mut Cmd, key: &str, shard: Shard, token: LeaseToken, fill: &Fill<'_>) {
-    call.arg(4).arg(key).arg(guard(key)).arg(stale(key)).arg(shard.has_stale_copies());
-    call.arg(token.to_string()).arg(fill.value).arg(milliseconds(fill.ttl));
-    match fill.version {
-        Some(version) => call.arg(version),
-        None => call.arg(""),
-    };
-    match fill.keep_stale_copy {
-        true => call.arg(milliseconds(fill.ttl + MAX_STALE)),
-        false => call.arg(""),
-    };
 }

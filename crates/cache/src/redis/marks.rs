@@ -15,6 +15,9 @@ use crate::script::REGISTER;
 /// Most forgotten marks returned at once from one registry.
 const MAX_ORPHANS: usize = 1_000;
 
+/// Registries looked at in one pipeline: about a millisecond of a node's time.
+const REGISTRIES_PER_PIPELINE: usize = 1_000;
+
 impl Redis {
     /// Announces that transaction `xid` is about to commit changes to `keys`. One round trip per server.
     ///
@@ -24,8 +27,8 @@ impl Redis {
     ///
     /// # Errors
     /// Any [`RedisError`], and then the transaction must not commit: some marks may be missing. Roll back, then
-    /// [`unmark`](Self::unmark) as far as that is possible; what remains is found by
-    /// [`orphan_marks`](Self::orphan_marks).
+    /// [`unmark`](Self::unmark) as far as that is possible. What remains, or arrives late, costs hits until the resolver
+    /// finds it by [`orphan_marks`](Self::orphan_marks), never a stale read.
     pub async fn mark(&self, keys: &[CacheKey], xid: u64) -> Result<(), RedisError> {
         let groups = self.group(keys, |key| key.as_str().as_bytes());
         let pipelines = groups.iter().map(|group| marking(group, xid)).collect();
@@ -50,13 +53,11 @@ impl Redis {
     /// # Errors
     /// Any [`RedisError`].
     pub async fn orphan_marks(&self, older_than: Duration) -> Result<Vec<(CacheKey, u64)>, RedisError> {
-        let oldest_first = milliseconds(older_than);
-        let until = self.now_ms().await?.saturating_sub(oldest_first);
+        let until = self.now_ms().await?.saturating_sub(milliseconds(older_than));
         let mut orphans = Vec::new();
-        for (node, shards) in self.masters().await? {
-            let pipelines = shards.chunks(MAX_ORPHANS).map(|shards| listing(shards, until));
-            for pipeline in pipelines {
-                for answer in self.pipeline_to(&node, &pipeline).await? {
+        for master in self.masters().await? {
+            for shards in master.shards.chunks(REGISTRIES_PER_PIPELINE) {
+                for answer in self.pipeline_to(&master, listing(shards, until)).await? {
                     let members: Vec<String> = read(answer)?;
                     orphans.extend(members.iter().filter_map(|member| parse_mark(member)));
                 }

@@ -1,6 +1,8 @@
 //! Requests that go to a server rather than to a key.
 
-use deadpool_redis::redis::cluster_routing::{RoutingInfo, SingleNodeRoutingInfo};
+use std::collections::BTreeMap;
+
+use deadpool_redis::redis::cluster_routing::{Route, RoutingInfo, SingleNodeRoutingInfo, SlotAddr};
 use deadpool_redis::redis::{Cmd, Pipeline, Value};
 
 use super::batch::read;
@@ -8,39 +10,38 @@ use super::{Connection, Redis, within};
 use crate::RedisError;
 use crate::names::Shard;
 
-/// One of the servers that hold the data.
-pub(super) enum Master {
-    Only,
-    OfCluster { host: String, port: u16 },
+/// One of the servers that hold the data, with the shards it holds; never none.
+pub(super) struct Master {
+    pub(super) shards: Vec<Shard>,
 }
 
 impl Master {
+    /// By one of its slots rather than by its address, which a node that knows no other does not tell.
     fn route(&self) -> SingleNodeRoutingInfo {
-        match self {
-            Self::Only => SingleNodeRoutingInfo::RandomPrimary,
-            Self::OfCluster { host, port } => {
-                SingleNodeRoutingInfo::ByAddress { host: host.clone(), port: *port }
+        match self.shards.first() {
+            Some(Shard::Slot(slot)) => {
+                SingleNodeRoutingInfo::SpecificNode(Route::new(*slot, SlotAddr::Master))
             }
+            Some(Shard::Server) | None => SingleNodeRoutingInfo::RandomPrimary,
         }
     }
 }
 
 impl Redis {
-    /// The masters with the shards each of them holds now.
-    pub(super) async fn masters(&self) -> Result<Vec<(Master, Vec<Shard>)>, RedisError> {
+    /// The masters as they are now.
+    pub(super) async fn masters(&self) -> Result<Vec<Master>, RedisError> {
         if !self.is_cluster() {
-            return Ok(vec![(Master::Only, vec![Shard::Server])]);
+            return Ok(vec![Master { shards: vec![Shard::Server] }]);
         }
         let mut slots = Cmd::new();
         slots.arg("CLUSTER").arg("SLOTS");
         let ranges: Vec<Value> = self.query(&slots).await?;
-        let mut masters = std::collections::BTreeMap::<(String, u16), Vec<Shard>>::new();
+        let mut by_address = BTreeMap::<Address, Vec<Shard>>::new();
         for range in ranges {
             let (first, last, address) = read_range(range)?;
-            masters.entry(address).or_default().extend((first..=last).map(Shard::Slot));
+            by_address.entry(address).or_default().extend((first..=last).map(Shard::Slot));
         }
-        let masters = masters.into_iter();
-        Ok(masters.map(|((host, port), shards)| (Master::OfCluster { host, port }, shards)).collect())
+        Ok(by_address.into_values().map(|shards| Master { shards }).collect())
     }
 
     pub(super) async fn query_to(&self, master: &Master, command: &Cmd) -> Result<Value, RedisError> {
@@ -58,24 +59,24 @@ impl Redis {
     pub(super) async fn pipeline_to(
         &self,
         master: &Master,
-        pipeline: &Pipeline,
+        pipeline: Pipeline,
     ) -> Result<Vec<Value>, RedisError> {
         let lane = self.lane().await?;
         let Connection::Cluster(mut connection) = lane.connection() else {
-            return self.pipeline_on(&lane, pipeline).await;
+            return self.pipeline_on(&lane, &pipeline).await;
         };
-        let sent = connection.route_pipeline(pipeline.clone(), 0, pipeline.len(), master.route());
-        within(self.limit, sent)
+        let commands = pipeline.len();
+        within(self.limit, connection.route_pipeline(pipeline, 0, commands, master.route()))
             .await
             .and_then(|answers| answers.into_iter().map(Value::extract_error).collect())
             .map_err(|error| self.lanes.failed(&lane, error))
     }
 }
 
-type Range = (u16, u16, (String, u16));
+type Address = (String, u16);
 
 /// One element of `CLUSTER SLOTS`: first slot, last slot, master, replicas. A node is host, port and more.
-fn read_range(range: Value) -> Result<Range, RedisError> {
+fn read_range(range: Value) -> Result<(u16, u16, Address), RedisError> {
     let mut parts = read::<Vec<Value>>(range)?.into_iter();
     let (Some(first), Some(last), Some(master)) = (parts.next(), parts.next(), parts.next()) else {
         return Err(RedisError::unexpected("a range of slots without a master"));
@@ -84,5 +85,6 @@ fn read_range(range: Value) -> Result<Range, RedisError> {
     let (Some(host), Some(port)) = (address.next(), address.next()) else {
         return Err(RedisError::unexpected("a master without an address"));
     };
-    Ok((read(first)?, read(last)?, (read(host)?, read(port)?)))
+    let host: Option<String> = read(host)?;
+    Ok((read(first)?, read(last)?, (host.unwrap_or_default(), read(port)?)))
 }

@@ -91,7 +91,7 @@ impl Redis {
     /// Asks every master the same and returns their answers.
     async fn ask_masters<T: FromRedisValue>(&self, command: &Cmd) -> Result<Vec<T>, RedisError> {
         let mut answers = Vec::new();
-        for (master, _) in self.masters().await? {
+        for master in self.masters().await? {
             answers.push(read(self.query_to(&master, command).await?)?);
         }
         Ok(answers)

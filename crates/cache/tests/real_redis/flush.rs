@@ -1,0 +1,66 @@
+//! Deleting by pattern, for gaps in the stream.
+
+use std::collections::BTreeSet;
+
+use crate::support::{Bed, key};
+
+impl Bed {
+    async fn names(&self) -> BTreeSet<String> {
+        self.raw(&["KEYS", "*"]).await.lines().map(str::to_owned).collect()
+    }
+}
+
+#[tokio::test]
+async fn a_flush_deletes_matching_values_everywhere_and_keeps_the_rest() {
+    let bed = Bed::new().await;
+    let mut set = vec!["MSET".to_owned()];
+    for n in 0..3_000 {
+        set.extend([format!("user:{n}"), "v".to_owned(), format!("order:{n}"), "v".to_owned()]);
+    }
+    let set: Vec<&str> = set.iter().map(String::as_str).collect();
+    bed.raw(&set).await;
+    let patterns = ["user:*".to_owned(), "order:7*".to_owned()];
+    assert_eq!(bed.redis.delete_matching(&patterns).await.unwrap(), 3_000 + 111);
+    let names = bed.names().await;
+    assert_eq!(names.len(), 3_000 - 111);
+    assert!(names.iter().all(|name| name.starts_with("order:")));
+}
+
+#[tokio::test]
+async fn a_flush_voids_the_leases_of_matching_keys_whatever_their_braces() {
+    let bed = Bed::new().await;
+    for text in ["user:1", "user:{7}", "user:}", "user:{}x"] {
+        let key = key(text);
+        let token = bed.grant(&key).await;
+        bed.redis.delete_matching(&["user:*".to_owned()]).await.unwrap();
+        assert!(!bed.fill(&key, token, "from before the flush").await, "{text}");
+    }
+    assert_eq!(bed.raw(&["DBSIZE"]).await, "0");
+}
+
+#[tokio::test]
+async fn a_flush_of_everything_keeps_marks_their_registry_and_positions() {
+    let bed = Bed::new().await;
+    bed.raw(&["SET", "k", "v"]).await;
+    bed.raw(&["HSET", "somebody elses", "field", "value"]).await;
+    bed.grant(&key("loading")).await;
+    bed.redis.mark(&[key("marked"), key("{t}:marked")], 7).await.unwrap();
+    bed.redis.store_position("redis", b"record").await.unwrap();
+    assert_eq!(bed.redis.flush_all_keys().await.unwrap(), 2);
+    let left: BTreeSet<String> =
+        ["\u{1f}m{marked}", "\u{1f}m:{t}:marked", "\u{1f}marks", "\u{1f}position:redis"]
+            .map(Into::into)
+            .into();
+    assert_eq!(bed.names().await, left);
+}
+
+#[tokio::test]
+async fn no_pattern_reaches_the_bookkeeping() {
+    let bed = Bed::new().await;
+    bed.redis.mark(&[key("k")], 7).await.unwrap();
+    bed.redis.store_position("redis", b"record").await.unwrap();
+    let before = bed.names().await;
+    let patterns = ["*", "\u{1f}*", "\u{1f}marks", "\u{1f}m{k}", "?position:*"].map(Into::into);
+    assert_eq!(bed.redis.delete_matching(&patterns).await.unwrap(), 0);
+    assert_eq!(bed.names().await, before);
+}

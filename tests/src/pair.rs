@@ -1,0 +1,183 @@
+use std::time::Duration;
+
+use devstack::{Stack, StackOptions, eventually};
+use outbox::Event;
+use sqlx::PgPool;
+use sqlx::postgres::PgPoolOptions;
+
+use crate::Daemon;
+
+/// How long the pair may take to bring what was enqueued to Redis, faults included.
+pub const SETTLED: Duration = Duration::from_secs(90);
+
+/// How to start the pair.
+#[derive(Debug, Default)]
+pub struct PairOptions {
+    /// The servers.
+    pub stack: StackOptions,
+    /// More environment for the relays.
+    pub relay: Vec<(&'static str, String)>,
+    /// More environment for the subscribers.
+    pub subscriber: Vec<(&'static str, String)>,
+}
+
+/// Servers, one relay, one subscriber.
+#[derive(Debug)]
+pub struct Pair {
+    /// The first relay.
+    pub relay: Daemon,
+    /// The first subscriber.
+    pub subscriber: Daemon,
+    /// Connections of the service that enqueues.
+    pub pool: PgPool,
+    /// The servers.
+    pub stack: Stack,
+    options: PairOptions,
+}
+
+impl Pair {
+    /// Starts everything and waits until it is ready.
+    ///
+    /// # Errors
+    /// If a server or a program cannot be started.
+    pub async fn start() -> anyhow::Result<Self> {
+        Self::start_with(PairOptions::default()).await
+    }
+
+    /// [`Pair::start`] with options.
+    ///
+    /// # Errors
+    /// If a server or a program cannot be started.
+    pub async fn start_with(mut options: PairOptions) -> anyhow::Result<Self> {
+        let stack = Stack::start(std::mem::take(&mut options.stack)).await?;
+        let pool = PgPoolOptions::new().max_connections(20).connect(&stack.postgres_url()).await?;
+        outbox::migrate(&pool).await?;
+        let relay = spawn_relay(&stack, &options.relay)?;
+        let subscriber = spawn_subscriber(&stack, &options.subscriber)?;
+        relay.until_ready().await;
+        subscriber.until_ready().await;
+        Ok(Self { relay, subscriber, pool, stack, options })
+    }
+
+    /// One more relay, with more environment than the first.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn another_relay(&self, more: &[(&'static str, String)]) -> anyhow::Result<Daemon> {
+        spawn_relay(&self.stack, &[self.options.relay.as_slice(), more].concat())
+    }
+
+    /// One more subscriber, with more environment than the first.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn another_subscriber(&self, more: &[(&'static str, String)]) -> anyhow::Result<Daemon> {
+        spawn_subscriber(&self.stack, &[self.options.subscriber.as_slice(), more].concat())
+    }
+
+    /// Commits one event that names `keys`.
+    ///
+    /// # Errors
+    /// If the database refuses.
+    pub async fn enqueue(&self, keys: &[&str]) -> anyhow::Result<()> {
+        let mut tx = self.pool.begin().await?;
+        let _ = outbox::enqueue(&mut tx, &Event::delete(keys.iter().copied())?).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// Puts a value at `key`.
+    ///
+    /// # Errors
+    /// If Redis does not answer.
+    pub async fn fill(&self, key: &str) -> anyhow::Result<()> {
+        self.stack.redis.command(&["SET", key, "cached"]).await.map(drop)
+    }
+
+    /// Puts a value at each of `prefix:0` to `prefix:<count - 1>`.
+    ///
+    /// # Errors
+    /// If Redis does not answer.
+    pub async fn fill_many(&self, prefix: &str, numbers: std::ops::Range<usize>) -> anyhow::Result<()> {
+        let keys: Vec<String> = numbers.map(|number| format!("{prefix}:{number}")).collect();
+        for some in keys.chunks(1000) {
+            let mut command = vec!["MSET"];
+            some.iter().for_each(|key| command.extend([key.as_str(), "cached"]));
+            self.stack.redis.command(&command).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether there is a value at `key`.
+    ///
+    /// # Errors
+    /// If Redis does not answer.
+    pub async fn is_cached(&self, key: &str) -> anyhow::Result<bool> {
+        Ok(self.stack.redis.command(&["EXISTS", key]).await? == "1")
+    }
+
+    /// How many keys match a pattern.
+    ///
+    /// # Errors
+    /// If Redis does not answer.
+    pub async fn count(&self, pattern: &str) -> anyhow::Result<usize> {
+        let script = "local n, c = 0, '0' repeat local r = redis.call('SCAN', c, 'MATCH', ARGV[1], 'COUNT', 1000) \
+                      c = r[1] n = n + #r[2] until c == '0' return n";
+        Ok(self.stack.redis.command(&["EVAL", script, "0", pattern]).await?.parse()?)
+    }
+
+    /// Waits until no key matches the pattern.
+    #[track_caller]
+    pub fn until_none(&self, pattern: &str) -> impl Future<Output = ()> {
+        let pattern = pattern.to_owned();
+        eventually(SETTLED, async move || match self.count(&pattern).await {
+            Ok(0) => Ok(()),
+            Ok(count) => Err(format!("{count} keys match {pattern}; relay log:\n{}", tail(&self.relay))),
+            Err(error) => Err(format!("{error:#}")),
+        })
+    }
+
+    /// Waits until the outbox is empty.
+    #[track_caller]
+    pub fn until_outbox_empty(&self) -> impl Future<Output = ()> {
+        eventually(SETTLED, async || match self.backlog().await {
+            Ok(0) => Ok(()),
+            Ok(count) => Err(format!("{count} events wait; relay log:\n{}", tail(&self.relay))),
+            Err(error) => Err(format!("{error:#}")),
+        })
+    }
+
+    /// How many events wait in the outbox.
+    ///
+    /// # Errors
+    /// If the database does not answer.
+    pub async fn backlog(&self) -> anyhow::Result<i64> {
+        Ok(sqlx::query_scalar("select count(*) from outbox.events").fetch_one(&self.pool).await?)
+    }
+
+    /// How many dead letters there are in the outbox.
+    ///
+    /// # Errors
+    /// If the database does not answer.
+    pub async fn dead_letters(&self) -> anyhow::Result<i64> {
+        Ok(outbox::dead_letters::count(&self.pool).await?)
+    }
+}
+
+fn spawn_relay(stack: &Stack, more: &[(&'static str, String)]) -> anyhow::Result<Daemon> {
+    let mut variables = vec![("DATABASE_URL", stack.postgres_url()), ("NATS_URL", stack.nats_url())];
+    variables.extend(more.iter().cloned());
+    Daemon::spawn(stack.directory(), "relay", &variables)
+}
+
+fn spawn_subscriber(stack: &Stack, more: &[(&'static str, String)]) -> anyhow::Result<Daemon> {
+    let mut variables = vec![("REDIS_URL", stack.redis_url()), ("NATS_URL", stack.nats_url())];
+    variables.extend(more.iter().cloned());
+    Daemon::spawn(stack.directory(), "subscriber", &variables)
+}
+
+fn tail(daemon: &Daemon) -> String {
+    let log = daemon.process().log();
+    let lines: Vec<&str> = log.lines().collect();
+    lines[lines.len().saturating_sub(15)..].join("\n")
+}
