@@ -155,7 +155,8 @@ create table outbox.retention (
     single boolean primary key default true check (single),
     half smallint not null default 0,
     rotated_at timestamptz not null default now(),
-    retained_since timestamptz not null default now()
+    -- Nothing was ever published before the table existed.
+    retained_since timestamptz not null default '0001-01-01 00:00:00+00'
 );
 
 insert into outbox.retention default values;

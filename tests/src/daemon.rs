@@ -1,10 +1,10 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use devstack::{Port, Process, StackDirectory, eventually};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -12,33 +12,16 @@ use tokio::net::TcpStream;
 /// How long a daemon may take to become ready on a busy machine.
 const READY: Duration = Duration::from_secs(60);
 
-/// Path of one of our binaries, built if it is not up to date.
+/// Path of one of our programs as built with the tests.
 ///
 /// # Errors
-/// If the build fails.
+/// If it is not beside them.
 pub fn program(name: &str) -> anyhow::Result<PathBuf> {
-    static BUILT: OnceLock<Result<(), String>> = OnceLock::new();
-    let built = BUILT.get_or_init(|| build().map_err(|error| format!("{error:#}")));
-    if let Err(error) = built {
-        anyhow::bail!("{error}");
-    }
+    let file = format!("{name}-under-test");
     let tests = std::env::current_exe()?;
     // target/<profile>/deps/<test> or target/<profile>/<program>
-    let folder = tests.ancestors().skip(1).find(|folder| folder.join(name).is_file());
-    Ok(folder.context("the binaries are not beside the tests")?.join(name))
-}
-
-/// Building here rather than trusting whoever started the tests: a stale binary would make every result a lie.
-fn build() -> anyhow::Result<()> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
-    command.args(["build", "--quiet", "--bins", "--package", "relay", "--package", "subscriber"]);
-    if !cfg!(debug_assertions) {
-        command.arg("--release");
-    }
-    let output = command.output().context("cannot run cargo")?;
-    ensure!(output.status.success(), "the binaries do not build: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
+    let folder = tests.ancestors().skip(1).take(2).find(|folder| folder.join(&file).is_file());
+    Ok(folder.with_context(|| format!("{file} is not beside the tests"))?.join(file))
 }
 
 /// A relay or a subscriber as a process of its own.

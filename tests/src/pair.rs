@@ -155,6 +155,51 @@ impl Pair {
         Ok(sqlx::query_scalar("select count(*) from outbox.events").fetch_one(&self.pool).await?)
     }
 
+    /// Commits events on fresh, cached keys `prefix:<n>` with several writers until `enough` says so; returns how many.
+    /// Faults of Postgres are ridden out as a service would: by trying the transaction again.
+    ///
+    /// # Errors
+    /// If Redis does not answer.
+    pub async fn load(&self, prefix: &str, enough: impl Fn(usize) -> bool) -> anyhow::Result<usize> {
+        const WRITERS: usize = 8;
+        let mut committed = 0;
+        while !enough(committed) {
+            self.fill_many(prefix, committed..committed + WRITERS).await?;
+            let writes = (committed..committed + WRITERS).map(|number| self.enqueue_surely(format!("{prefix}:{number}")));
+            futures::future::join_all(writes).await;
+            committed += WRITERS;
+        }
+        Ok(committed)
+    }
+
+    async fn enqueue_surely(&self, key: String) {
+        while self.enqueue(&[&key]).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// The cache, as the subscriber sees it.
+    ///
+    /// # Errors
+    /// If the URL is wrong.
+    pub fn cache(&self) -> anyhow::Result<cache::Redis> {
+        Ok(cache::Redis::new(cache::RedisConfig { url: self.stack.redis_url(), ..Default::default() })?)
+    }
+
+    /// Waits until the subscriber has recorded that everything in the stream was applied.
+    #[track_caller]
+    pub fn until_recorded(&self) -> impl Future<Output = ()> {
+        eventually(SETTLED, async || {
+            let stream = self.stack.nats.request("$JS.API.STREAM.INFO.INVALIDATIONS", "").await.map_err(text)?;
+            let stream: serde_json::Value = serde_json::from_str(&stream).map_err(text)?;
+            let record = self.cache().map_err(text)?.load_position("redis").await.map_err(text)?;
+            let position: subscriber::position::Position =
+                serde_json::from_slice(&record.unwrap_or_default()).map_err(text)?;
+            let last = stream["state"]["last_seq"].as_u64().unwrap_or_default();
+            if position.acked_seq >= last { Ok(()) } else { Err(format!("{position:?} of {last}")) }
+        })
+    }
+
     /// How many dead letters there are in the outbox.
     ///
     /// # Errors
@@ -180,4 +225,8 @@ fn tail(daemon: &Daemon) -> String {
     let log = daemon.process().log();
     let lines: Vec<&str> = log.lines().collect();
     lines[lines.len().saturating_sub(15)..].join("\n")
+}
+
+fn text(error: impl std::fmt::Display) -> String {
+    format!("{error:#}")
 }

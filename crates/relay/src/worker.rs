@@ -30,7 +30,7 @@ const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
 
 /// Time for the statements of a claim on top of the time for publishing, before the server takes the rows back.
-const LEASE_MARGIN: Duration = Duration::from_secs(10);
+const LEASE_MARGIN: Duration = Duration::from_secs(5);
 
 /// What all workers share.
 #[derive(Debug)]

@@ -1,4 +1,10 @@
 //! The pair, end to end: real servers, real processes, real faults.
 #![expect(clippy::unwrap_used, reason = "a failure in a test is a panic")]
 
+mod bad_input;
+mod bad_surroundings;
 mod basics;
+mod crashes;
+mod nats_faults;
+mod postgres_faults;
+mod redis_faults;

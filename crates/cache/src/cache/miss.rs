@@ -146,3 +146,40 @@ impl Cache {
         tracing::debug!(key = key.as_str(), "the cached value is of the wrong type or cannot be decoded");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::cache::CacheConfig;
+    use crate::{Json, Redis, RedisConfig};
+
+    /// What a reader, whose own load would find 2, gets when the flight it follows lands with 1.
+    async fn value_after_landing(good_for_late_readers: bool) -> u32 {
+        let server = devstack::Redis::start_alone(devstack::RedisOptions::default()).await.unwrap();
+        let redis = Redis::new(RedisConfig { url: server.url(), ..RedisConfig::default() }).unwrap();
+        let cache = Cache::new(redis, CacheConfig::default());
+        let key = CacheKey::new("k").unwrap();
+        let Role::Leader(leader) = cache.shared.flights.join(&key) else { panic!("the first leads") };
+        let before = Instant::now();
+        let options = Options::<Json>::default();
+        let load = async || Ok::<_, std::convert::Infallible>(Loaded::new(2));
+        let mut reader = std::pin::pin!(cache.miss(&key, &options, Miss::Absent, load));
+        assert!(futures::poll!(reader.as_mut()).is_pending());
+        let moment = if good_for_late_readers { Instant::now() } else { before };
+        leader.land(Landing::Value { bytes: Arc::new(b"1".to_vec()), for_readers_before: moment });
+        let Ok(value) = reader.await;
+        value
+    }
+
+    #[tokio::test]
+    async fn a_reader_who_came_after_the_fill_was_sent_does_not_get_its_value() {
+        assert_eq!(value_after_landing(false).await, 2);
+    }
+
+    #[tokio::test]
+    async fn a_reader_who_came_before_the_fill_was_sent_gets_its_value() {
+        assert_eq!(value_after_landing(true).await, 1);
+    }
+}

@@ -20,8 +20,8 @@ const CLUSTER_RETRY_WAIT_MS: (u64, u64) = (10, 200);
 
 /// A client that has not connected yet.
 pub(super) enum Target {
-    Server(Client),
-    Cluster(Box<ClusterClient>),
+    Server(Box<Client>),
+    Cluster { client: Box<ClusterClient>, first_host: String },
     Sentinel(Box<tokio::sync::Mutex<SentinelClient>>),
 }
 
@@ -42,6 +42,9 @@ impl Target {
             return Err(RedisError::Config(
                 "TLS files are given but the URL does not start with rediss".into(),
             ));
+        }
+        if tls {
+            choose_crypto_provider();
         }
         let certificates = config.tls.as_ref().map(read_certificates).transpose()?;
         match scheme.trim_start_matches("rediss").trim_start_matches("redis") {
@@ -79,7 +82,8 @@ fn server(url: &str, certificates: Option<TlsCertificates>) -> Result<Target, Re
         Some(certificates) => Client::build_with_tls(info, certificates),
         None => Client::open(info),
     };
-    Ok(Target::Server(client.map_err(|error| invalid(&error.to_string(), url))?))
+    let client = client.map_err(|error| invalid(&error.to_string(), url))?;
+    Ok(Target::Server(Box::new(client)))
 }
 
 fn cluster(
@@ -91,7 +95,12 @@ fn cluster(
         return Err(invalid("a cluster has no numbered databases", &config.url));
     }
     let (shortest, longest) = CLUSTER_RETRY_WAIT_MS;
-    let mut builder = ClusterClientBuilder::new(address.each_host()?)
+    let nodes = address.each_host()?;
+    let first_host = match nodes.first().map(ConnectionInfo::addr) {
+        Some(ConnectionAddr::Tcp(host, _) | ConnectionAddr::TcpTls { host, .. }) => host.clone(),
+        _ => return Err(invalid("it names no host", &config.url)),
+    };
+    let mut builder = ClusterClientBuilder::new(nodes)
         .connection_timeout(config.connect_timeout)
         .response_timeout(config.response_timeout)
         .retries(CLUSTER_RETRIES)
@@ -105,7 +114,7 @@ fn cluster(
         builder = builder.certs(certificates);
     }
     let client = builder.build().map_err(|error| invalid(&error.to_string(), &config.url))?;
-    Ok(Target::Cluster(Box::new(client)))
+    Ok(Target::Cluster { client: Box::new(client), first_host })
 }
 
 fn sentinel(
@@ -145,6 +154,12 @@ fn sentinel(
     }
     let client = builder.build().map_err(|error| invalid(&error.to_string(), url))?;
     Ok(Target::Sentinel(Box::new(tokio::sync::Mutex::new(client))))
+}
+
+/// rustls panics at the first connection if the process contains several providers, or none, and chose none.
+fn choose_crypto_provider() {
+    // An error means that the process has chosen already.
+    drop(rustls::crypto::ring::default_provider().install_default());
 }
 
 fn connection_info(url: &str) -> Result<ConnectionInfo, RedisError> {

@@ -62,7 +62,15 @@ impl Lanes {
     }
 
     pub(super) fn is_cluster(&self) -> bool {
-        matches!(self.target, Target::Cluster(_))
+        matches!(self.target, Target::Cluster { .. })
+    }
+
+    /// Host of the first node given for a cluster.
+    pub(super) fn first_host(&self) -> &str {
+        match &self.target {
+            Target::Cluster { first_host, .. } => first_host,
+            Target::Server(_) | Target::Sentinel(_) => "",
+        }
     }
 
     /// The next connection in turn, made now if there is none.
@@ -118,7 +126,7 @@ impl Lanes {
                 .get_multiplexed_async_connection_with_config(&self.settings)
                 .await
                 .map(Connection::Server),
-            Target::Cluster(client) => client.get_async_connection().await.map(Connection::Cluster),
+            Target::Cluster { client, .. } => client.get_async_connection().await.map(Connection::Cluster),
             Target::Sentinel(client) => client
                 .lock()
                 .await

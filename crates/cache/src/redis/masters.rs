@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use deadpool_redis::redis::cluster_routing::{Route, RoutingInfo, SingleNodeRoutingInfo, SlotAddr};
+use deadpool_redis::redis::cluster_routing::{RoutingInfo, SingleNodeRoutingInfo};
 use deadpool_redis::redis::{Cmd, Pipeline, Value};
 
 use super::batch::read;
@@ -10,46 +10,42 @@ use super::{Connection, Redis, within};
 use crate::RedisError;
 use crate::names::Shard;
 
-/// One of the servers that hold the data, with the shards it holds; never none.
+/// One of the servers that hold the data, with the shards it holds.
 pub(super) struct Master {
+    /// In a cluster. By address, because a request routed by slot goes to any node while that slot's is away.
+    address: Option<Address>,
     pub(super) shards: Vec<Shard>,
 }
 
-impl Master {
-    /// By one of its slots rather than by its address, which a node that knows no other does not tell.
-    fn route(&self) -> SingleNodeRoutingInfo {
-        match self.shards.first() {
-            Some(Shard::Slot(slot)) => {
-                SingleNodeRoutingInfo::SpecificNode(Route::new(*slot, SlotAddr::Master))
-            }
-            Some(Shard::Server) | None => SingleNodeRoutingInfo::RandomPrimary,
-        }
-    }
-}
+type Address = (String, u16);
 
 impl Redis {
     /// The masters as they are now.
     pub(super) async fn masters(&self) -> Result<Vec<Master>, RedisError> {
         if !self.is_cluster() {
-            return Ok(vec![Master { shards: vec![Shard::Server] }]);
+            return Ok(vec![Master { address: None, shards: vec![Shard::Server] }]);
         }
         let mut slots = Cmd::new();
         slots.arg("CLUSTER").arg("SLOTS");
         let ranges: Vec<Value> = self.query(&slots).await?;
         let mut by_address = BTreeMap::<Address, Vec<Shard>>::new();
         for range in ranges {
-            let (first, last, address) = read_range(range)?;
-            by_address.entry(address).or_default().extend((first..=last).map(Shard::Slot));
+            let (first, last, (host, port)) = read_range(range)?;
+            // A node that knows no name of its own means the one by which it was reached.
+            let host = if host.is_empty() { self.lanes.first_host().to_owned() } else { host };
+            by_address.entry((host, port)).or_default().extend((first..=last).map(Shard::Slot));
         }
-        Ok(by_address.into_values().map(|shards| Master { shards }).collect())
+        let masters = by_address.into_iter();
+        Ok(masters.map(|(address, shards)| Master { address: Some(address), shards }).collect())
     }
 
     pub(super) async fn query_to(&self, master: &Master, command: &Cmd) -> Result<Value, RedisError> {
         let lane = self.lane().await?;
-        let Connection::Cluster(mut connection) = lane.connection() else {
+        let (Connection::Cluster(mut connection), Some(address)) = (lane.connection(), &master.address)
+        else {
             return self.query(command).await;
         };
-        let route = RoutingInfo::SingleNode(master.route());
+        let route = RoutingInfo::SingleNode(by_address(address));
         within(self.limit, connection.route_command(command.clone(), route))
             .await
             .and_then(Value::extract_error)
@@ -62,18 +58,21 @@ impl Redis {
         pipeline: Pipeline,
     ) -> Result<Vec<Value>, RedisError> {
         let lane = self.lane().await?;
-        let Connection::Cluster(mut connection) = lane.connection() else {
+        let (Connection::Cluster(mut connection), Some(address)) = (lane.connection(), &master.address)
+        else {
             return self.pipeline_on(&lane, &pipeline).await;
         };
         let commands = pipeline.len();
-        within(self.limit, connection.route_pipeline(pipeline, 0, commands, master.route()))
+        within(self.limit, connection.route_pipeline(pipeline, 0, commands, by_address(address)))
             .await
             .and_then(|answers| answers.into_iter().map(Value::extract_error).collect())
             .map_err(|error| self.lanes.failed(&lane, error))
     }
 }
 
-type Address = (String, u16);
+fn by_address((host, port): &Address) -> SingleNodeRoutingInfo {
+    SingleNodeRoutingInfo::ByAddress { host: host.clone(), port: *port }
+}
 
 /// One element of `CLUSTER SLOTS`: first slot, last slot, master, replicas. A node is host, port and more.
 fn read_range(range: Value) -> Result<(u16, u16, Address), RedisError> {

@@ -9,7 +9,7 @@ use super::Redis;
 use super::batch::read;
 use super::lease::MAX_STALE;
 use crate::RedisError;
-use crate::names::stale;
+use crate::names::{marks, stale};
 
 /// What stands at a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,25 +43,24 @@ impl Redis {
         self.query(&get).await
     }
 
-    /// The stale copy of a value that was invalidated, or has expired, at most `longest` ago.
+    /// The stale copy of a value that was invalidated, or has expired, at most `longest` ago, unless the key is marked.
     pub(crate) async fn get_stale(
         &self,
         key: &CacheKey,
         longest: Duration,
     ) -> Result<Option<Vec<u8>>, RedisError> {
-        let mut pipeline = Pipeline::with_capacity(2);
-        pipeline.cmd("PTTL").arg(stale(key.as_str())).cmd("GET").arg(stale(key.as_str()));
-        let lane = self.lane().await?;
-        let mut answers = self.pipeline_on(&lane, &pipeline).await?.into_iter();
-        let (Some(remaining), Some(value)) = (answers.next(), answers.next()) else {
-            return Err(RedisError::unexpected("fewer answers than commands"));
-        };
+        let key = key.as_str();
+        let mut pipeline = Pipeline::with_capacity(3);
+        pipeline.cmd("EXISTS").arg(marks(key)).cmd("PTTL").arg(stale(key)).cmd("GET").arg(stale(key));
+        let answers = self.run_all(vec![pipeline]).await?.into_iter().flatten();
+        let [marked, remaining, value]: [Value; 3] = answers
+            .collect::<Vec<_>>()
+            .try_into()
+            .map_err(|_| RedisError::unexpected("not as many answers as commands"))?;
         let remaining_ms = u64::try_from(read::<i64>(remaining)?).unwrap_or(0);
-        if remaining_ms == 0 || value == Value::Nil {
-            return Ok(None);
-        }
         let age = MAX_STALE.saturating_sub(Duration::from_millis(remaining_ms));
-        if age > longest { Ok(None) } else { read(value) }
+        let acceptable = !read::<bool>(marked)? && remaining_ms > 0 && age <= longest;
+        if acceptable { read(value) } else { Ok(None) }
     }
 }
 

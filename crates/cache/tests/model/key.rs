@@ -62,13 +62,7 @@ impl KeyState {
     }
 
     /// `fill.lua`. Returns whether the value was stored.
-    pub fn fill(
-        &mut self,
-        protocol: &Protocol,
-        token: u8,
-        value: Transactions,
-        version: Option<u8>,
-    ) -> bool {
+    pub fn fill(&mut self, protocol: &Protocol, token: u8, value: Transactions, version: Option<u8>) -> bool {
         if protocol.fill_checks_lease && self.guard != Guard::Lease(token) {
             return false;
         }
@@ -77,13 +71,11 @@ impl KeyState {
         true
     }
 
-    /// `release.lua`. Returns whether the lease was there.
-    pub fn release(&mut self, token: u8) -> bool {
-        let held = self.guard == Guard::Lease(token);
-        if held {
+    /// `release.lua`.
+    pub fn release(&mut self, token: u8) {
+        if self.guard == Guard::Lease(token) {
             self.guard = Guard::Absent;
         }
-        held
     }
 
     /// INVALIDATE: `UNLINK` of guard and value.

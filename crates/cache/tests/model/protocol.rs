@@ -16,8 +16,8 @@ pub struct Protocol {
     pub unmark_waits_for_outcome: bool,
     /// UNMARK deletes value and lease before it removes the mark.
     pub unmark_deletes: bool,
-    /// Whoever resolves a forgotten mark waits until the commit is visible. `pg_xact_status` alone says `committed`
-    /// as soon as the commit record is flushed.
+    /// Whoever resolves a forgotten mark waits until new snapshots show the commit. The commit log, or a
+    /// `pg_xact_status` that asks it first, says `committed` earlier.
     pub resolver_waits_for_visibility: bool,
 
     /// Every committed event reaches the cache in the end.

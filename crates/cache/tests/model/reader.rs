@@ -33,7 +33,8 @@ pub enum Stage {
 pub struct Reader {
     pub reads_left: u8,
     pub stage: Stage,
-    /// The strict commits that had finished when the read began. Kept while it may still return a cached value.
+    /// The strict commits that had finished when the read began. Kept while it may still return what somebody else has
+    /// loaded; its own load begins later than the read.
     pub required: Transactions,
     /// What it has loaded. Where snapshots may be older than the lease: what its snapshot shows.
     pub value: Transactions,

@@ -5,8 +5,8 @@ use std::time::Instant;
 use stateright::{Checker, Model};
 
 use crate::protocol::Protocol;
-use crate::scenarios::{self, DEFAULT, DEFAULT_UPDATE, STRICT, STRICT_UPDATE};
-use crate::system::{Scenario, System};
+use crate::scenario::{ANY, DEFAULT, DEFAULT_UPDATE, STRICT, STRICT_UPDATE, Scenario};
+use crate::system::System;
 
 fn check(name: &str, scenario: Scenario) {
     check_protocol(name, Protocol::SOUND, scenario);
@@ -27,77 +27,60 @@ fn check_protocol(name: &str, protocol: Protocol, scenario: Scenario) {
 
 #[test]
 fn strict_writers_are_never_read_late() {
-    check("strict + strict", Scenario { writers: &[STRICT, STRICT], ..scenarios::ALL });
+    check("strict + strict", Scenario { writers: &[STRICT, STRICT], ..ANY });
 }
 
 #[test]
 fn default_writers_beside_strict_ones_break_nothing() {
-    check("strict + default", Scenario { writers: &[STRICT, DEFAULT], ..scenarios::ALL });
+    check("strict + default", Scenario { writers: &[STRICT, DEFAULT], ..ANY });
 }
 
 #[test]
 fn default_writers_leave_nothing_stale_behind() {
-    check("default + default", Scenario { writers: &[DEFAULT, DEFAULT], ..scenarios::ALL });
+    check("default + default", Scenario { writers: &[DEFAULT, DEFAULT], ..ANY });
+}
+
+#[test]
+fn three_strict_writers_are_never_read_late() {
+    let scenario = Scenario { writers: &[STRICT, STRICT, STRICT], reads_per_reader: 1, ..ANY };
+    check("strict + strict + strict, one read each", scenario);
 }
 
 #[test]
 fn updates_with_versions_never_go_back() {
-    let writers = &[STRICT_UPDATE, DEFAULT_UPDATE];
-    check("strict update + default update", Scenario { writers, versioned: true, ..scenarios::ALL });
-}
-
-#[test]
-fn updates_and_deletes_of_one_row_mix() {
-    let writers = &[STRICT, DEFAULT_UPDATE];
-    check("strict delete + default update", Scenario { writers, versioned: true, ..scenarios::ALL });
+    let scenario = Scenario { writers: &[STRICT_UPDATE, DEFAULT_UPDATE], versioned: true, ..ANY };
+    check("strict update + default update", scenario);
 }
 
 #[test]
 fn three_updates_converge_in_any_order() {
     let writers = &[DEFAULT_UPDATE, DEFAULT_UPDATE, DEFAULT_UPDATE];
-    let scenario =
-        Scenario { writers, versioned: true, reads_per_reader: 1, ..scenarios::ALL };
-    check("three default updates, one read each", scenario);
+    check("three default updates", Scenario { writers, versioned: true, ..ANY });
 }
 
 #[test]
 fn readers_of_one_process_may_share_loads() {
-    let scenario =
-        Scenario { writers: &[STRICT, STRICT], readers_share_loads: true, ..scenarios::ALL };
+    let scenario = Scenario { writers: &[STRICT, STRICT], readers_share_loads: true, ..ANY };
     check("strict + strict, shared loads", scenario);
 }
 
 #[test]
-fn three_strict_writers_are_never_read_late() {
-    let scenario = Scenario { writers: &[STRICT, STRICT, STRICT], reads_per_reader: 1, ..scenarios::ALL };
-    check("three strict writers, one read each", scenario);
-}
-
-#[test]
-fn removing_a_mark_needs_no_delete_as_long_as_redis_forgets_nothing() {
-    let protocol = Protocol { unmark_deletes: false, ..Protocol::SOUND };
-    let scenario = Scenario { writers: &[STRICT, STRICT], ..scenarios::ALL };
-    check_protocol("strict + strict, unmark without delete", protocol, scenario);
-}
-
-#[test]
-fn tmp_values_that_cannot_be_decoded_are_replaced() {
+fn values_that_cannot_be_decoded_may_be_replaced() {
     let scenario = Scenario {
         writers: &[STRICT, DEFAULT_UPDATE],
         versioned: true,
-        values_may_be_unusable: true,
         readers_share_loads: true,
-        ..scenarios::ALL
+        values_may_be_unusable: true,
+        ..ANY
     };
     check("strict delete + default update, shared loads, unusable values", scenario);
 }
+
+/// UNMARK deletes before it removes the mark, in case a value has come from elsewhere: a client that does not keep to
+/// the protocol, a Redis that has come back with old data. The protocol itself lets none appear while there is a mark.
 #[test]
-fn tmp_big() {
-    let scenario = Scenario { writers: &[STRICT, STRICT, DEFAULT], reads_per_reader: 1, ..scenarios::ALL };
-    check("2 strict + default, one read each", scenario);
-}
-#[test]
-fn tmp_3reads() {
-    let scenario = Scenario { writers: &[STRICT, STRICT], reads_per_reader: 3, ..scenarios::ALL };
-    check("2 strict, 3 reads each", scenario);
+fn a_mark_may_be_removed_without_a_delete() {
+    let protocol = Protocol { unmark_deletes: false, ..Protocol::SOUND };
+    let scenario = Scenario { writers: &[STRICT, STRICT], ..ANY };
+    check_protocol("strict + strict, unmark without delete", protocol, scenario);
 }

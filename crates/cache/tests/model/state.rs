@@ -26,9 +26,10 @@ impl State {
     /// Version of the row in a new snapshot. Writers of versioned rows wait for each other, so exactly one of them has
     /// written what is visible.
     pub fn version_of_row(&self) -> u8 {
-        let last = self.writers.iter().find(|writer| {
-            writer.transaction == Transaction::Visible && writer.value == self.visible
-        });
+        let last = self
+            .writers
+            .iter()
+            .find(|writer| writer.transaction == Transaction::Visible && writer.value == self.visible);
         last.map_or(0, |writer| writer.version)
     }
 

@@ -2,55 +2,17 @@
 
 use stateright::{Model, Property};
 
+use crate::delivery::DeliveryStep;
 use crate::key::Guard;
 use crate::protocol::Protocol;
 use crate::reader::{Reader, ReaderStep, Stage};
+use crate::scenario::{Promise, Scenario, WriterKind};
 use crate::state::State;
 use crate::transactions::Transactions;
 use crate::writer::{Client, ClientStep, ServerStep, Transaction};
 
 pub const MAX_WRITERS: usize = 3;
 pub const MAX_READERS: usize = 2;
-
-/// What a writer promises its readers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Promise {
-    /// It marks the key before it commits.
-    Strict,
-    /// It only enqueues its event.
-    Default,
-}
-
-/// What a writer's event asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Change {
-    Delete,
-    Update,
-}
-
-/// A kind of writer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WriterKind {
-    pub promise: Promise,
-    pub change: Change,
-}
-
-/// Who takes part.
-#[derive(Clone, Copy, Debug)]
-pub struct Scenario {
-    /// Each writes once. At most [`MAX_WRITERS`].
-    pub writers: &'static [WriterKind],
-    /// At most [`MAX_READERS`].
-    pub readers: usize,
-    pub reads_per_reader: u8,
-    /// All writers change the same row, whose version they increment, and readers fill with that version.
-    pub versioned: bool,
-    /// The readers are of one process and join each other's loads.
-    pub readers_share_loads: bool,
-    /// A reader may find that the value present cannot be decoded.
-    pub values_may_be_unusable: bool,
-    pub writers_die: bool,
-}
 
 /// A protocol in a scenario.
 #[derive(Clone, Copy, Debug)]
@@ -66,21 +28,15 @@ pub struct System {
 pub enum Action {
     Writer(u8, ClientStep),
     Postgres(u8, ServerStep),
-    /// The relay has published the event and a subscriber acts on it, for the first time or again.
-    Deliver(u8),
-    /// The subscriber removes the mark of a transaction whose event it has acted on.
-    RemoveMark(u8),
-    /// A forgotten mark is removed after Postgres has said how its transaction ended.
-    Resolve(u8),
-    /// A copy of part 1 of MARK, delayed on the way, arrives. Copies of every other request of a writer change no more
-    /// than an eviction, a redelivery or the resolver can.
-    MarkArrivesAgain(u8),
+    /// Relay, subscriber and resolver about the transaction of a writer.
+    Delivery(u8, DeliveryStep),
     Reader(u8, ReaderStep),
     /// The replica replays a transaction.
     Replicate(u8),
+    /// The value expires or is evicted.
     LoseValue,
+    /// The lease or the version expires or is evicted.
     LoseGuard,
-    LoseMark(u8),
 }
 
 impl System {
@@ -104,44 +60,6 @@ impl System {
 
     fn readers(&self) -> impl Iterator<Item = u8> + use<> {
         (0..).take(self.scenario.readers)
-    }
-
-    /// What becomes of the event and the mark of `writer` without it.
-    fn delivery_steps(&self, state: &State, writer: u8, actions: &mut Vec<Action>) {
-        let protocol = &self.protocol;
-        let it = &state.writers[usize::from(writer)];
-        let visible = it.transaction == Transaction::Visible;
-        let flushed = it.transaction == Transaction::Flushed;
-        if protocol.events_are_delivered && (visible || flushed && !protocol.events_wait_for_visibility) {
-            actions.push(Action::Deliver(writer));
-        }
-        if !state.key.marks.contains(writer) {
-            if self.marks(writer) && it.client > Client::Working {
-                actions.push(Action::MarkArrivesAgain(writer));
-            }
-            return;
-        }
-        if it.delivered {
-            actions.push(Action::RemoveMark(writer));
-        }
-        if it.is_settled() || flushed && !protocol.resolver_waits_for_visibility {
-            actions.push(Action::Resolve(writer));
-        }
-        if !protocol.marks_last {
-            actions.push(Action::LoseMark(writer));
-        }
-    }
-
-    fn deliver(&self, state: &mut State, writer: u8) {
-        let State { key, writers, .. } = state;
-        let it = &mut writers[usize::from(writer)];
-        it.delivered = true;
-        match self.writer_kind(writer).change {
-            Change::Delete => key.invalidate(&self.protocol),
-            Change::Update => {
-                key.apply_update(&self.protocol, it.value, it.version);
-            }
-        }
     }
 
     /// No write, invalidation or fill is in flight and every mark is resolved.
@@ -190,7 +108,7 @@ impl Model for System {
         for writer in self.writers() {
             self.client_steps(state, writer, |step| actions.push(Action::Writer(writer, step)));
             self.server_steps(state, writer, |step| actions.push(Action::Postgres(writer, step)));
-            self.delivery_steps(state, writer, actions);
+            self.delivery_steps(state, writer, |step| actions.push(Action::Delivery(writer, step)));
             let behind = state.visible.contains(writer) && !state.replica.contains(writer);
             if !self.protocol.loads_read_primary && behind {
                 actions.push(Action::Replicate(writer));
@@ -212,11 +130,7 @@ impl Model for System {
         match action {
             Action::Writer(writer, step) => self.take_client_step(&mut next, writer, step),
             Action::Postgres(writer, step) => self.take_server_step(&mut next, writer, step),
-            Action::Deliver(writer) => self.deliver(&mut next, writer),
-            Action::RemoveMark(writer) | Action::Resolve(writer) | Action::LoseMark(writer) => {
-                next.key.unmark_remove(writer);
-            }
-            Action::MarkArrivesAgain(writer) => next.key.mark_add(writer),
+            Action::Delivery(writer, step) => self.take_delivery_step(&mut next, writer, step),
             Action::Reader(reader, step) => self.take_reader_step(&mut next, reader, step),
             Action::Replicate(writer) => next.replica = next.replica.with(writer),
             Action::LoseValue => next.key.lose_value(),
@@ -238,7 +152,8 @@ impl Model for System {
         ];
         if self.scenario.writers_die && !self.strict_writers().is_empty() {
             properties.push(Property::sometimes("a commit outlives its client", |_, state: &State| {
-                let died = |client, transaction| client == Client::Gone && transaction == Transaction::Flushed;
+                let died =
+                    |client, transaction| client == Client::Gone && transaction == Transaction::Flushed;
                 !state.key.marks.is_empty()
                     && state.writers.iter().any(|writer| died(writer.client, writer.transaction))
             }));

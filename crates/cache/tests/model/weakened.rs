@@ -7,21 +7,23 @@ use std::collections::BTreeSet;
 use stateright::{Checker, HasDiscoveries, Model};
 
 use crate::protocol::Protocol;
-use crate::scenarios::{ALL, DEFAULT, DEFAULT_UPDATE, STRICT, STRICT_UPDATE};
-use crate::system::{Action, Scenario, System};
+use crate::scenario::{ANY, DEFAULT, DEFAULT_UPDATE, STRICT, STRICT_UPDATE, Scenario};
+use crate::system::{Action, System};
 
 const SOUND: Protocol = Protocol::SOUND;
-const ONE_STRICT: Scenario = Scenario { writers: &[STRICT], ..ALL };
-const ONE_DEFAULT: Scenario = Scenario { writers: &[DEFAULT], ..ALL };
+const ONE_STRICT: Scenario = Scenario { writers: &[STRICT], ..ANY };
+const ONE_DEFAULT: Scenario = Scenario { writers: &[DEFAULT], ..ANY };
 const ONE_DEFAULT_THAT_LIVES: Scenario = Scenario { writers_die: false, ..ONE_DEFAULT };
-const TWO_UPDATES: Scenario =
-    Scenario { writers: &[DEFAULT_UPDATE, DEFAULT_UPDATE], versioned: true, ..ALL };
+const TWO_UPDATES: Scenario = Scenario { writers: &[DEFAULT_UPDATE, DEFAULT_UPDATE], versioned: true, ..ANY };
 
 /// Expects that `protocol` breaks `promise` where the sound one keeps it.
 #[track_caller]
 fn breaks(promise: &'static str, protocol: Protocol, scenario: Scenario) {
     let sound = System { protocol: SOUND, scenario, merge_symmetric_states: true };
-    assert!(sound.checker().spawn_dfs().join().discovery(promise).is_none(), "it is not the variant that breaks");
+    assert!(
+        sound.checker().spawn_dfs().join().discovery(promise).is_none(),
+        "it is not the variant that breaks"
+    );
 
     let system = System { protocol, scenario, merge_symmetric_states: false };
     let mut shortest = counter_example(promise, system, usize::MAX).expect("the variant keeps the promise");
@@ -123,7 +125,7 @@ fn acquire_must_respect_marks() {
 
 #[test]
 fn a_delete_must_not_remove_the_marks_of_others() {
-    let scenario = Scenario { writers: &[STRICT, DEFAULT], ..ALL };
+    let scenario = Scenario { writers: &[STRICT, DEFAULT], ..ANY };
     breaks("strict", Protocol { delete_spares_marks: false, ..SOUND }, scenario);
 }
 

@@ -1,7 +1,8 @@
 //! Writers and what becomes of their transactions.
 
+use crate::scenario::Promise;
 use crate::state::State;
-use crate::system::{Promise, System};
+use crate::system::System;
 use crate::transactions::Transactions;
 
 /// How far a writer's process has come.
@@ -36,7 +37,7 @@ pub enum Transaction {
     Open,
     /// `COMMIT` has arrived, or is on its way.
     Committing,
-    /// The commit record is in the log, where WAL readers and `pg_xact_status` see it, but new snapshots do not yet.
+    /// The commit record is in the log, where readers of the WAL see it, but new snapshots do not show it yet.
     Flushed,
     Visible,
     Aborted,

@@ -4,6 +4,7 @@
 mod apply;
 mod cluster;
 mod connection;
+mod counters;
 mod flush;
 mod lease;
 mod many;

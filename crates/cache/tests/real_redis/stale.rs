@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use cache::{CacheConfig, Json, MAX_STALE, Options};
+use tokio::sync::Notify;
 
-use crate::reader::Loads;
+use crate::reader::{Loads, find};
 use crate::support::{Bed, MINUTE, deleted, key, updated, work};
 
 const LENIENT: Options = Options {
@@ -58,8 +59,24 @@ async fn strict_readers_and_readers_who_did_not_ask_never_get_a_stale_value() {
 async fn under_a_mark_nobody_gets_a_stale_value() {
     let (bed, loads) = (Bed::new().await, Loads::default());
     bed.read(&LENIENT, &loads, 1).await;
+    let (cache, loading, go) = (bed.cache(), Notify::new(), Notify::new());
     bed.redis.mark(&[key("n")], 7).await.unwrap();
-    assert_eq!(bed.read(&LENIENT, &loads, 2).await, 2);
+    let first = cache.get_or_load_with("n", &LENIENT, async || {
+        loading.notify_one();
+        go.notified().await;
+        find(2).await
+    });
+    // It comes while the first loads, which is when a stale value would be served.
+    let second = async {
+        loading.notified().await;
+        let read = cache.get_or_load_with("n", &LENIENT, || find(3));
+        let mut read = std::pin::pin!(read);
+        assert!(tokio::time::timeout(Duration::from_millis(50), &mut read).await.is_err());
+        go.notify_one();
+        read.await
+    };
+    let (first, second) = tokio::join!(first, second);
+    assert_eq!((first, second), (Ok(2), Ok(3)));
 }
 
 #[tokio::test]

@@ -1,0 +1,193 @@
+//! The product's own client on a real server, in the model's terms.
+
+use std::time::Duration;
+
+use cache::{Applied, Fill, LeaseToken, Redis, RedisConfig, Work};
+use devstack::RedisOptions;
+use event::{CacheKey, CommittedEvent, EventId};
+
+use super::{Answer, Step};
+use crate::key::{Acquired, Guard, KeyState, Updated};
+use crate::scenario::Change;
+use crate::transactions::Transactions;
+
+pub const TOKENS: usize = 3;
+
+/// Versions in order: where the number of digits changes, and where a Lua number can no longer tell two apart.
+pub const VERSIONS: [i64; 8] = [0, 9, 10, 99, 100, 1 << 53, (1 << 53) + 1, i64::MAX];
+
+/// Transactions, the largest among them.
+pub const TRANSACTIONS: [u64; 3] = [7, 1 << 53, u64::MAX];
+
+const KEY: &str = "user:1";
+const GUARD: &str = "\u{1f}g{user:1}";
+const MARKS: &str = "\u{1f}m{user:1}";
+const REGISTRY: &str = "\u{1f}marks";
+
+/// Longer than any run.
+const HOUR: Duration = Duration::from_secs(3_600);
+
+/// Everything about a key in one answer: value, guard, their times to live and that of the marks, then the marks.
+const READ: &str = "local time = function(name) return redis.call('PTTL', name) end \
+    local it = {redis.call('GET', KEYS[1]) or '', redis.call('GET', KEYS[2]) or ''} \
+    for nth = 1, 3 do it[nth + 2] = time(KEYS[nth]) end \
+    for _, mark in ipairs(redis.call('SMEMBERS', KEYS[3])) do it[#it + 1] = mark end \
+    return it";
+
+pub struct Real {
+    server: devstack::Redis,
+    redis: Redis,
+    key: CacheKey,
+    tokens: [LeaseToken; TOKENS],
+}
+
+/// A value that is any of eight sets of transactions.
+pub fn content(value: u8) -> Transactions {
+    Transactions::from_bits(value)
+}
+
+fn text(value: Transactions) -> String {
+    format!("value {}", value.bits())
+}
+
+fn parse(text: &str) -> Transactions {
+    content(text.strip_prefix("value ").unwrap().parse().unwrap())
+}
+
+fn position<T: PartialEq>(of: &T, all: &[T]) -> u8 {
+    u8::try_from(all.iter().position(|one| one == of).unwrap()).unwrap()
+}
+
+impl Real {
+    pub async fn start() -> Self {
+        let server = devstack::Redis::start_alone(RedisOptions::default()).await.unwrap();
+        let redis = Redis::new(RedisConfig { url: server.url(), ..RedisConfig::default() }).unwrap();
+        let tokens = std::array::from_fn(|_| LeaseToken::generate());
+        Self { server, redis, key: CacheKey::new(KEY).unwrap(), tokens }
+    }
+
+    /// Makes the server hold `state`, with the marks registered as MARK registers them.
+    pub async fn put(&self, state: &KeyState) {
+        self.raw(&["FLUSHALL"]).await;
+        let hour = HOUR.as_millis().to_string();
+        if let Some(value) = state.value {
+            self.raw(&["SET", KEY, &text(value), "PX", &hour]).await;
+        }
+        let guard = match state.guard {
+            Guard::Absent => None,
+            Guard::Lease(token) => Some(format!("L{}", self.tokens[usize::from(token)])),
+            Guard::Version(version) => Some(format!("V{}", VERSIONS[usize::from(version)])),
+        };
+        if let Some(guard) = guard {
+            self.raw(&["SET", GUARD, &guard, "PX", &hour]).await;
+        }
+        for mark in (0..).take(TRANSACTIONS.len()).filter(|&mark| state.marks.contains(mark)) {
+            self.add_mark(mark).await;
+        }
+    }
+
+    /// What the server holds. Values and guards always have a time to live, marks never.
+    pub async fn read(&self) -> KeyState {
+        let answer = self.raw(&["EVAL", READ, "3", KEY, GUARD, MARKS]).await;
+        let lines: Vec<&str> = answer.split('\n').collect();
+        let [value, guard, value_ttl, guard_ttl, marks_ttl, marks @ ..] = lines.as_slice() else {
+            panic!("unexpected answer {answer:?}");
+        };
+        let has_ttl = |ttl: &str| ttl.parse::<i64>().unwrap() > 0;
+        assert_eq!(has_ttl(value_ttl), !value.is_empty(), "time to live of the value: {value_ttl}");
+        assert_eq!(has_ttl(guard_ttl), !guard.is_empty(), "time to live of the guard: {guard_ttl}");
+        assert!(!has_ttl(marks_ttl), "time to live of the marks: {marks_ttl}");
+        let mut state = KeyState { value: (!value.is_empty()).then(|| parse(value)), ..KeyState::default() };
+        if let Some(token) = guard.strip_prefix('L') {
+            state.guard = Guard::Lease(position(&token.to_owned(), &self.tokens.map(|it| it.to_string())));
+        } else if let Some(version) = guard.strip_prefix('V') {
+            state.guard = Guard::Version(position(&version.parse().unwrap(), &VERSIONS));
+        }
+        for mark in marks {
+            state.marks = state.marks.with(position(&mark.parse().unwrap(), &TRANSACTIONS));
+        }
+        state
+    }
+
+    pub async fn take(&self, step: Step) -> Answer {
+        let keys = std::slice::from_ref(&self.key);
+        let token = |token: u8| self.tokens[usize::from(token)];
+        let transaction = |of: u8| TRANSACTIONS[usize::from(of)];
+        match step {
+            Step::Acquire { token: of, unusable } => {
+                let acquired = self.redis.acquire(&self.key, token(of), HOUR, unusable).await.unwrap();
+                return Answer::Acquired(in_model(&acquired));
+            }
+            Step::Fill { token: of, value, version } => {
+                let bytes = text(content(value)).into_bytes();
+                let version = version.map(|version| VERSIONS[usize::from(version)]);
+                let fill = Fill { value: &bytes, ttl: HOUR, version, keep_stale_copy: false };
+                return Answer::Stored(self.redis.fill(&self.key, token(of), fill).await.unwrap());
+            }
+            Step::Deliver { change, value, version, of } => {
+                let work = self.work(change, value, version, transaction(of));
+                return Answer::Updated(outcome(self.redis.apply(&work).await.unwrap()));
+            }
+            Step::Release { token: of } => self.redis.release(&self.key, token(of)).await.unwrap(),
+            Step::Invalidate => drop(self.redis.invalidate(keys).await.unwrap()),
+            Step::Mark { of } => self.redis.mark(keys, transaction(of)).await.unwrap(),
+            Step::Unmark { of } => drop(self.redis.unmark(keys, transaction(of)).await.unwrap()),
+            Step::MarkAdd { of } => self.add_mark(of).await,
+            Step::UnmarkRemove { of } => {
+                self.raw(&["SREM", MARKS, &transaction(of).to_string()]).await;
+                self.raw(&["ZREM", REGISTRY, &format!("{}:{KEY}", transaction(of))]).await;
+            }
+            Step::MarkUnlink | Step::UnmarkUnlink => drop(self.raw(&["UNLINK", GUARD, KEY]).await),
+            Step::LoseValue => drop(self.raw(&["DEL", KEY]).await),
+            Step::LoseGuard => drop(self.raw(&["DEL", GUARD]).await),
+        }
+        Answer::None
+    }
+
+    async fn add_mark(&self, of: u8) {
+        let transaction = TRANSACTIONS[usize::from(of)];
+        self.raw(&["ZADD", REGISTRY, "0", &format!("{transaction}:{KEY}")]).await;
+        self.raw(&["SADD", MARKS, &transaction.to_string()]).await;
+    }
+
+    fn work(&self, change: Change, value: u8, version: u8, transaction: u64) -> Work {
+        let change = match change {
+            Change::Delete => event::Change::Delete,
+            Change::Update => {
+                let bytes = text(content(value)).into_bytes();
+                event::Change::update(bytes, VERSIONS[usize::from(version)], HOUR).unwrap()
+            }
+        };
+        let mut work = Work::new();
+        work.add(&CommittedEvent {
+            id: EventId::generate(),
+            keys: vec![self.key.clone()],
+            change,
+            xids: vec![transaction],
+            at_us: 0,
+            traceparent: None,
+        });
+        work
+    }
+
+    async fn raw(&self, command: &[&str]) -> String {
+        self.server.command(command).await.unwrap()
+    }
+}
+
+fn in_model(acquired: &cache::Acquired) -> Acquired {
+    match acquired {
+        cache::Acquired::Grant => Acquired::Grant,
+        cache::Acquired::Wait => Acquired::Wait,
+        cache::Acquired::Bypass => Acquired::Bypass,
+        cache::Acquired::Value(bytes) => Acquired::Value(parse(std::str::from_utf8(bytes).unwrap())),
+    }
+}
+
+fn outcome(applied: Applied) -> Updated {
+    match (applied.updated, applied.ignored) {
+        (1, 0) => Updated::Replaced,
+        (0, 1) => Updated::Ignored,
+        _ => Updated::Deleted,
+    }
+}
