@@ -36,7 +36,11 @@ impl Daemon {
     ///
     /// # Errors
     /// If it cannot be started.
-    pub fn spawn(directory: &Arc<StackDirectory>, name: &str, variables: &[(&str, String)]) -> anyhow::Result<Self> {
+    pub fn spawn(
+        directory: &Arc<StackDirectory>,
+        name: &str,
+        variables: &[(&str, String)],
+    ) -> anyhow::Result<Self> {
         let http = Port::reserve()?;
         let mut command = Command::new(program(name)?);
         command.env("HTTP_ADDR", http.address().to_string()).env("NO_COLOR", "1").env("RUST_LOG", "info");
@@ -94,9 +98,8 @@ impl Daemon {
     /// If nobody answers.
     pub async fn metric(&self, name: &str) -> anyhow::Result<f64> {
         let (_, text) = self.get("/metrics").await?;
-        let of_metric = |line: &&str| {
-            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
-        };
+        let of_metric =
+            |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']));
         Ok(text
             .lines()
             .filter(of_metric)

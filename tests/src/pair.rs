@@ -165,7 +165,8 @@ impl Pair {
         let mut committed = 0;
         while !enough(committed) {
             self.fill_many(prefix, committed..committed + WRITERS).await?;
-            let writes = (committed..committed + WRITERS).map(|number| self.enqueue_surely(format!("{prefix}:{number}")));
+            let writes = (committed..committed + WRITERS)
+                .map(|number| self.enqueue_surely(format!("{prefix}:{number}")));
             futures::future::join_all(writes).await;
             committed += WRITERS;
         }
@@ -190,7 +191,8 @@ impl Pair {
     #[track_caller]
     pub fn until_recorded(&self) -> impl Future<Output = ()> {
         eventually(SETTLED, async || {
-            let stream = self.stack.nats.request("$JS.API.STREAM.INFO.INVALIDATIONS", "").await.map_err(text)?;
+            let stream =
+                self.stack.nats.request("$JS.API.STREAM.INFO.INVALIDATIONS", "").await.map_err(text)?;
             let stream: serde_json::Value = serde_json::from_str(&stream).map_err(text)?;
             let record = self.cache().map_err(text)?.load_position("redis").await.map_err(text)?;
             let position: subscriber::position::Position =

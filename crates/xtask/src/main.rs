@@ -1,2 +1,50 @@
-//! xtask
-fn main() {}
+#![doc = include_str!("../README.md")]
+
+mod bench;
+mod daemon;
+mod demo;
+mod observer;
+mod paint;
+mod pair;
+mod programs;
+mod resp;
+mod servers;
+mod test;
+mod wait;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Tasks of this project: see it work, test it, measure it
+///
+/// Postgres, NATS and Redis are found on PATH or in the usual places; what is missing is installed with the system's
+/// package manager, which is said before it happens.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// See it work on real servers: commits, rollbacks, crashes, an outage
+    Demo(demo::Arguments),
+    /// Run all tests, installing missing servers first
+    Test(test::Arguments),
+    /// Measure it beside the raw limits of this machine
+    Bench(bench::Arguments),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().task {
+        Task::Demo(arguments) => demo::run(&arguments),
+        Task::Test(arguments) => test::run(&arguments),
+        Task::Bench(arguments) => bench::run(&arguments),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("\nerror: {error:#}");
+        ExitCode::FAILURE
+    })
+}

@@ -24,7 +24,9 @@ async fn relay_dies_at(failpoint: &str) {
     let relay = vec![("FAILPOINTS", format!("{failpoint}=kill@4")), ("RELAY_CLAIM_LIMIT", "10".to_owned())];
     let pair = Pair::start_with(PairOptions { relay, ..Default::default() }).await.unwrap();
     let load = pair.load("crash", |committed| committed >= 200);
-    let restarts = restart_until(&pair.relay, async || pair.backlog().await.unwrap() == 0 && pair.count("crash:*").await.unwrap() == 0);
+    let restarts = restart_until(&pair.relay, async || {
+        pair.backlog().await.unwrap() == 0 && pair.count("crash:*").await.unwrap() == 0
+    });
     let (committed, first_restarts) = tokio::join!(load, restarts);
     // The load may have gone on after a quiet moment.
     let more = restart_until(&pair.relay, async || pair.backlog().await.unwrap() == 0).await;
@@ -115,7 +117,10 @@ async fn relay_frozen_for_longer_than_the_publish_timeout_keeps_nothing_from_ano
     frozen.until_ready().await;
     pair.fill_many("frozen", 0..20).await.unwrap();
     pair.enqueue(&["frozen:0"]).await.unwrap();
-    eventually(Duration::from_secs(20), async || frozen.metric("relay_claims_total").await.unwrap_or(0.0) >= 1.0).await;
+    eventually(Duration::from_secs(20), async || {
+        frozen.metric("relay_claims_total").await.unwrap_or(0.0) >= 1.0
+    })
+    .await;
     frozen.process().stop().unwrap();
 
     pair.relay.process().start().unwrap();

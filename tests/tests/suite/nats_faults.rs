@@ -114,7 +114,8 @@ async fn lose_events_for_good(pair: &Pair) {
     pair.enqueue(&["user:1"]).await.unwrap();
     pair.until_outbox_empty().await;
     eventually(Duration::from_secs(30), async || {
-        let kept: i64 = sqlx::query_scalar("select count(*) from outbox.published").fetch_one(&pair.pool).await?;
+        let kept: i64 =
+            sqlx::query_scalar("select count(*) from outbox.published").fetch_one(&pair.pool).await?;
         anyhow::ensure!(kept == 0, "{kept} messages are still retained");
         Ok(())
     })
@@ -138,7 +139,10 @@ async fn events_lost_beyond_the_retention_halt_the_subscriber_loudly() {
     let status = pair.subscriber.process().wait_exit(Duration::from_secs(60)).await.unwrap();
     assert!(!status.success());
     let log = pair.subscriber.process().log();
-    assert!(log.contains("missing from the stream for good") && log.contains("SUBSCRIBER_GAP_POLICY"), "{log}");
+    assert!(
+        log.contains("missing from the stream for good") && log.contains("SUBSCRIBER_GAP_POLICY"),
+        "{log}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -166,7 +170,8 @@ async fn leader_of_a_three_node_cluster_killed_under_load_loses_nothing() {
     let nats = [("NATS_URL", cluster.url()), ("RELAY_STREAM_REPLICAS", "3".to_owned())];
     let relay = pair.another_relay(&nats).unwrap();
     // Its position is about another stream.
-    let subscriber = pair.another_subscriber(&[nats[0].clone(), ("SUBSCRIBER_DURABLE", "clustered".to_owned())]).unwrap();
+    let subscriber =
+        pair.another_subscriber(&[nats[0].clone(), ("SUBSCRIBER_DURABLE", "clustered".to_owned())]).unwrap();
     relay.until_ready().await;
     subscriber.until_ready().await;
     let end = Instant::now() + Duration::from_secs(10);
@@ -191,12 +196,16 @@ async fn full_stream_holds_events_back_in_the_outbox_instead_of_dropping_them() 
     let pair = Pair::start_with(PairOptions { relay, ..Default::default() }).await.unwrap();
     pair.subscriber.process().kill().unwrap();
     pair.load("full", |committed| committed >= 400).await.unwrap();
-    eventually(Duration::from_secs(30), async || pair.relay.metric("relay_publish_failures_total").await.unwrap_or(0.0) >= 1.0).await;
+    eventually(Duration::from_secs(30), async || {
+        pair.relay.metric("relay_publish_failures_total").await.unwrap_or(0.0) >= 1.0
+    })
+    .await;
     assert!(pair.backlog().await.unwrap() > 0);
     assert_eq!(pair.dead_letters().await.unwrap(), 0);
     // The operator makes room.
     let info = pair.stack.nats.request("$JS.API.STREAM.INFO.INVALIDATIONS", "").await.unwrap();
-    let mut config: serde_json::Value = serde_json::from_str::<serde_json::Value>(&info).unwrap()["config"].clone();
+    let mut config: serde_json::Value =
+        serde_json::from_str::<serde_json::Value>(&info).unwrap()["config"].clone();
     config["max_bytes"] = (-1).into();
     pair.stack.nats.request("$JS.API.STREAM.UPDATE.INVALIDATIONS", &config.to_string()).await.unwrap();
     pair.subscriber.process().start().unwrap();

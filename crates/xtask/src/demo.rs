@@ -1,0 +1,69 @@
+//! Shows the pair at work on real servers, and fails if a promise is broken.
+
+mod keep;
+mod scenes;
+mod stage;
+mod stream;
+mod timeline;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use devstack::{Binary, RedisOptions, StackOptions};
+
+use crate::pair::Ground;
+use crate::{observer, programs, servers};
+use stage::Stage;
+use timeline::Timeline;
+
+/// See it work on real servers: commits, rollbacks, crashes, an outage
+///
+/// Starts Postgres, NATS and Redis in a temporary directory, runs relay and subscriber as processes beside them, and
+/// checks in every scene that what was promised happened. Nothing is left behind.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// Leave everything running at the end, and say how to play with it and how to stop it
+    #[arg(long)]
+    keep: bool,
+}
+
+/// Plays all scenes.
+pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    servers::provide(Binary::SERVERS)?;
+    println!("Building relay and subscriber in release; the first time this takes a few minutes.");
+    let programs = programs::build()?;
+    let runtime = tokio::runtime::Runtime::new()?;
+    runtime.block_on(play(&programs, arguments.keep))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn play(programs: &programs::Programs, keep: bool) -> anyhow::Result<()> {
+    let started = Instant::now();
+    let mut timeline = Timeline::new();
+    let mut stage = prepare(&mut timeline, programs, started).await?;
+    scenes::commit::play(&mut timeline, &stage).await?;
+    scenes::rollback::play(&mut timeline, &stage).await?;
+    scenes::crash::play(&mut timeline, &mut stage).await?;
+    scenes::outage::play(&mut timeline, &stage).await?;
+    scenes::plain_sql::play(&mut timeline, &stage).await?;
+    timeline.summary(started.elapsed());
+    if keep {
+        keep::leave_running(&stage, programs)?;
+    }
+    Ok(())
+}
+
+async fn prepare(
+    timeline: &mut Timeline,
+    programs: &programs::Programs,
+    started: Instant,
+) -> anyhow::Result<Stage> {
+    let redis = RedisOptions { configuration: observer::CONFIGURATION.to_owned(), ..Default::default() };
+    let ground = Ground::start(programs, StackOptions { redis, ..Default::default() }).await?;
+    timeline.title(&stage::versions(&ground).await?);
+    timeline.setup("servers", &format!("started in {:.1} s", started.elapsed().as_secs_f64()));
+    timeline.setup("schema", &format!("relay migrate: {}", ground.migrate().await?));
+    let stage = Stage::set(ground).await?;
+    timeline.setup("programs", "relay and subscriber run, each a process of its own");
+    Ok(stage)
+}

@@ -1,0 +1,7 @@
+//! What is played, one file a scene.
+
+pub mod commit;
+pub mod crash;
+pub mod outage;
+pub mod plain_sql;
+pub mod rollback;

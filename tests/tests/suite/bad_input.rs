@@ -1,0 +1,132 @@
+//! Bad events and bad messages: a clear error, nothing else disturbed, nothing lost.
+
+use std::time::Duration;
+
+use devstack::eventually;
+use outbox::{EnqueueError, Event};
+use tests::{Pair, PairOptions};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sql_function_refuses_bad_keys_with_a_message_that_names_the_rule() {
+    let pair = Pair::start().await.unwrap();
+    let cases = [
+        ("array[]::text[]", "event names no key"),
+        ("null", "event names no key"),
+        ("array['a', '']", "key 1 of the event is empty"),
+        ("array['a', null]", "key 1 of the event is empty"),
+        ("array[repeat('x', 1025)]", "key 0 of the event has 1025 bytes, the limit is 1024"),
+        (r"array[E'a\nb']", "key 0 of the event has a control character"),
+        (
+            "array(select 'k' || n from generate_series(1, 10001) n)",
+            "event names 10001 keys, the limit is 10000",
+        ),
+    ];
+    for (keys, message) in cases {
+        let statement = format!("select outbox.enqueue({keys})");
+        let error = sqlx::raw_sql(sqlx::AssertSqlSafe(statement)).execute(&pair.pool).await.unwrap_err();
+        assert!(error.to_string().contains(message), "{keys}: {error}");
+    }
+    for arguments in
+        ["topic => 'a.b'", "value => 'v'", "value => 'v', version => -1, ttl_ms => 5", "traceparent => 'x'"]
+    {
+        let statement = format!("select outbox.enqueue(array['k'], {arguments})");
+        assert!(
+            sqlx::raw_sql(sqlx::AssertSqlSafe(statement)).execute(&pair.pool).await.is_err(),
+            "{arguments}"
+        );
+    }
+    assert_eq!(pair.backlog().await.unwrap(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn event_of_ten_thousand_keys_arrives_whole_through_a_small_max_payload() {
+    let mut options = PairOptions::default();
+    options.stack.nats.max_payload = Some(64 * 1024);
+    let pair = Pair::start_with(options).await.unwrap();
+    pair.fill_many("many", 0..10_000).await.unwrap();
+    let event = Event::delete((0..10_000).map(|number| format!("many:{number}"))).unwrap();
+    let mut tx = pair.pool.begin().await.unwrap();
+    let _ = outbox::enqueue(&mut tx, &event).await.unwrap();
+    tx.commit().await.unwrap();
+    pair.until_none("many:*").await;
+    assert_eq!(pair.dead_letters().await.unwrap(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn update_above_max_payload_becomes_a_dead_letter_that_can_be_replayed_and_delays_nothing() {
+    let mut options = PairOptions::default();
+    options.stack.nats.max_payload = Some(64 * 1024);
+    let pair = Pair::start_with(options).await.unwrap();
+    pair.fill("small").await.unwrap();
+    pair.fill("large").await.unwrap();
+    let large = Event::update("large", vec![b'x'; 100_000], 1, Duration::from_secs(60)).unwrap();
+    let mut tx = pair.pool.begin().await.unwrap();
+    let _ = outbox::enqueue(&mut tx, &large).await.unwrap();
+    let _ = outbox::enqueue(&mut tx, &Event::delete(["small"]).unwrap()).await.unwrap();
+    tx.commit().await.unwrap();
+    pair.until_none("small").await;
+    pair.until_outbox_empty().await;
+    let letters = outbox::dead_letters::list(&pair.pool, 10).await.unwrap();
+    assert_eq!(letters.len(), 1);
+    assert!(letters[0].reason.contains("larger than"), "{}", letters[0].reason);
+    assert_eq!(letters[0].keys, ["large"]);
+    assert!(pair.relay.metric("relay_dead_letters_total").await.unwrap() >= 1.0);
+
+    // It comes back under a new id; under the old one JetStream might swallow it.
+    assert_eq!(outbox::dead_letters::replay(&pair.pool, Some(&[letters[0].id])).await.unwrap(), 1);
+    eventually(Duration::from_secs(20), async || pair.dead_letters().await.unwrap() == 1).await;
+    let again = outbox::dead_letters::list(&pair.pool, 10).await.unwrap();
+    assert_ne!(again[0].id, letters[0].id);
+    assert_eq!(outbox::dead_letters::discard(&pair.pool, None).await.unwrap(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn garbage_on_the_stream_is_set_aside_with_its_reason_and_delays_nothing() {
+    let pair = Pair::start().await.unwrap();
+    let nats = async_nats::connect(pair.stack.nats_url()).await.unwrap();
+    let jetstream = async_nats::jetstream::new(nats);
+    let whole = r#"{"v":1,"events":[{"id":"01936d3c-7a80-7000-8000-000000000001","keys":["k"],"at_us":1}]}"#;
+    let garbage: [&str; 4] = ["garbage", &whole[..whole.len() - 3], r#"{"v":2,"events":[]}"#, "\u{0}\u{1}"];
+    for body in garbage {
+        jetstream.publish("invalidation.default", body.to_owned().into()).await.unwrap().await.unwrap();
+    }
+    pair.fill("k").await.unwrap();
+    pair.fill("after").await.unwrap();
+    // Duplicates, in any order, are harmless.
+    for _ in 0..3 {
+        jetstream.publish("invalidation.other", whole.into()).await.unwrap().await.unwrap();
+    }
+    pair.enqueue(&["after"]).await.unwrap();
+    pair.until_none("after").await;
+    pair.until_none("k").await;
+    let dead = jetstream.get_stream("INVALIDATIONS_DEAD").await.unwrap();
+    eventually(Duration::from_secs(20), async || {
+        dead.get_info().await.is_ok_and(|info| info.state.messages == 4)
+    })
+    .await;
+    let mut reasons = Vec::new();
+    for sequence in 1..=4 {
+        let letter = dead.get_raw_message(sequence).await.unwrap();
+        assert_eq!(letter.subject.as_str(), "invalidation-dead.default");
+        let reason = letter.headers.get("Invalidation-Dead-Reason").unwrap().to_string();
+        reasons.push((String::from_utf8_lossy(&letter.payload).into_owned(), reason));
+    }
+    for body in garbage {
+        assert!(reasons.iter().any(|(letter, _)| letter == body), "the original bytes of {body:?} are gone");
+    }
+    assert!(reasons.iter().any(|(_, reason)| reason.contains("wire version 2")), "{reasons:?}");
+    // They are not delivered again.
+    pair.until_recorded().await;
+    assert!(pair.subscriber.metric("subscriber_dead_letters_total").await.unwrap() < 4.5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn database_without_its_schema_gives_the_writer_an_error_that_says_what_to_run() {
+    let pair = Pair::start().await.unwrap();
+    let url = pair.stack.create_database("bare").await.unwrap();
+    let pool = sqlx::PgPool::connect(&url).await.unwrap();
+    let mut tx = pool.begin().await.unwrap();
+    let error = outbox::enqueue(&mut tx, &Event::delete(["k"]).unwrap()).await.unwrap_err();
+    assert!(matches!(error, EnqueueError::NotInstalled(_)), "{error:?}");
+    assert!(error.to_string().contains("relay migrate"));
+}

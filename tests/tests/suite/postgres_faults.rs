@@ -1,0 +1,279 @@
+//! Postgres dies, transactions commit late, snapshots are pinned, poolers are in between.
+
+use std::time::{Duration, Instant};
+
+use devstack::{PgBouncer, PoolMode, eventually};
+use outbox::{ClaimOptions, Event, Xid};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{Connection, PgConnection};
+use tests::{Pair, PairOptions};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgres_killed_and_restarted_under_load_loses_no_commit() {
+    let pair = Pair::start().await.unwrap();
+    let end = Instant::now() + Duration::from_secs(8);
+    let kills = async {
+        for _ in 0..2 {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            pair.stack.postgres.kill().unwrap();
+            pair.stack.postgres.start().await.unwrap();
+        }
+    };
+    let (committed, ()) = tokio::join!(pair.load("postgres", |_| Instant::now() >= end), kills);
+    assert!(committed.unwrap() > 100);
+    pair.until_outbox_empty().await;
+    pair.until_none("postgres:*").await;
+    pair.relay.until_ready().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn transaction_with_a_lower_seq_that_commits_late_is_delivered_within_two_seconds() {
+    let pair = Pair::start().await.unwrap();
+    pair.fill("late").await.unwrap();
+    let mut late = pair.pool.begin().await.unwrap();
+    let first = outbox::enqueue(&mut late, &Event::delete(["late"]).unwrap()).await.unwrap();
+    let end = Instant::now() + Duration::from_secs(5);
+    let committed = pair.load("early", |_| Instant::now() >= end).await.unwrap();
+    assert!(committed > 100);
+    pair.until_none("early:*").await;
+    assert!(first.seq < i64::try_from(committed).unwrap());
+    assert!(pair.is_cached("late").await.unwrap());
+    late.commit().await.unwrap();
+    let committed_at = Instant::now();
+    pair.until_none("late").await;
+    // A sweep a second is the promise; the rest is for a busy machine.
+    assert!(committed_at.elapsed() < Duration::from_secs(10), "{:?}", committed_at.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn snapshot_pinned_for_a_minute_delays_nothing() {
+    let pair = Pair::start().await.unwrap();
+    let mut pinned = PgConnection::connect(&pair.stack.postgres_url()).await.unwrap();
+    sqlx::raw_sql("begin isolation level repeatable read; select count(*) from outbox.events")
+        .execute(&mut pinned)
+        .await
+        .unwrap();
+    let end = Instant::now() + Duration::from_secs(60);
+    let mut committed = 0;
+    while Instant::now() < end {
+        let events: Vec<Event> = (0..50).map(|n| Event::delete([format!("pinned:{n}")]).unwrap()).collect();
+        let mut tx = pair.pool.begin().await.unwrap();
+        outbox::enqueue_all(&mut tx, &events).await.unwrap();
+        tx.commit().await.unwrap();
+        committed += 50;
+        tokio::time::sleep(Duration::from_millis(90)).await;
+    }
+    assert!(committed > 10_000);
+    pair.fill("after").await.unwrap();
+    let started = Instant::now();
+    pair.enqueue(&["after"]).await.unwrap();
+    pair.until_none("after").await;
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    pair.until_outbox_empty().await;
+    drop(pinned);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn backlog_of_400_000_events_is_drained_with_flat_memory() {
+    const EVENTS: usize = 400_000;
+    let pair = Pair::start().await.unwrap();
+    pair.relay.process().terminate().await.unwrap();
+    pair.fill_many("backlog", 0..EVENTS).await.unwrap();
+    for start in (0..EVENTS).step_by(20_000) {
+        let events: Vec<Event> =
+            (start..start + 20_000).map(|n| Event::delete([format!("backlog:{n}")]).unwrap()).collect();
+        let mut tx = pair.pool.begin().await.unwrap();
+        outbox::enqueue_all(&mut tx, &events).await.unwrap();
+        tx.commit().await.unwrap();
+    }
+    pair.relay.process().start().unwrap();
+    pair.until_none("backlog:*").await;
+    pair.until_outbox_empty().await;
+    let statements = pair.relay.metric("relay_statements_total").await.unwrap();
+    let events = pair.relay.metric("relay_events_published_total").await.unwrap();
+    assert!(events >= 400_000.0 && statements / events < 0.01, "{statements} statements for {events} events");
+    for daemon in [&pair.relay, &pair.subscriber] {
+        let rss = daemon.process().rss_bytes().unwrap();
+        assert!(rss < 64 * 1024 * 1024, "{} uses {rss} bytes", daemon.process().name());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn serialization_failure_of_the_writer_takes_its_event_along_and_the_retry_is_delivered() {
+    let pair = Pair::start().await.unwrap();
+    sqlx::raw_sql("create table users (id bigint primary key, name text); insert into users values (1, 'a')")
+        .execute(&pair.pool)
+        .await
+        .unwrap();
+    pair.fill("loser").await.unwrap();
+    pair.fill("winner").await.unwrap();
+    let begin = "begin isolation level serializable";
+    let mut winner = pair.pool.begin_with(begin).await.unwrap();
+    let mut loser = pair.pool.begin_with(begin).await.unwrap();
+    let _ = outbox::enqueue(&mut loser, &Event::delete(["loser"]).unwrap()).await.unwrap();
+    sqlx::query("update users set name = 'b' where id = 1").execute(&mut *winner).await.unwrap();
+    let _ = outbox::enqueue(&mut winner, &Event::delete(["winner"]).unwrap()).await.unwrap();
+    winner.commit().await.unwrap();
+    let failure =
+        sqlx::query("update users set name = 'c' where id = 1").execute(&mut *loser).await.unwrap_err();
+    assert_eq!(failure.as_database_error().unwrap().code().unwrap(), "40001");
+    loser.rollback().await.unwrap();
+    pair.until_none("winner").await;
+    assert!(pair.is_cached("loser").await.unwrap());
+    pair.enqueue(&["loser"]).await.unwrap();
+    pair.until_none("loser").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_works_through_pgbouncer_in_transaction_mode_with_one_server_connection() {
+    let pair = Pair::start().await.unwrap();
+    pair.relay.process().terminate().await.unwrap();
+    let pooler = PgBouncer::start(&pair.stack.postgres, PoolMode::Transaction, 3).await.unwrap();
+    let through = [("DATABASE_URL", pooler.url()), ("RELAY_TRANSACTION_POOLER", "true".to_owned())];
+    let relay = pair.another_relay(&through).unwrap();
+    relay.until_ready().await;
+    let pool = PgPoolOptions::new().max_connections(1).connect(&pooler.url()).await.unwrap();
+    pair.fill_many("pooled", 0..102).await.unwrap();
+    for number in 0..100 {
+        let mut tx = pool.begin().await.unwrap();
+        let _ =
+            outbox::enqueue(&mut tx, &Event::delete([format!("pooled:{number}")]).unwrap()).await.unwrap();
+        tx.commit().await.unwrap();
+    }
+    let mut tx = pool.begin().await.unwrap();
+    let events = ["pooled:100", "pooled:101"].map(|key| Event::delete([key]).unwrap());
+    assert_eq!(outbox::enqueue_all(&mut tx, &events).await.unwrap().len(), 2);
+    outbox::testing::assert_enqueued(&mut tx, "pooled:101").await;
+    tx.commit().await.unwrap();
+    pair.until_none("pooled:*").await;
+    assert!(relay.metric("relay_database_failures_total").await.unwrap() < 1.0, "{}", relay.process().log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn claim_plan_uses_the_index_whatever_is_in_the_table() {
+    let pair = Pair::start().await.unwrap();
+    pair.relay.process().terminate().await.unwrap();
+    let uses_index = async || {
+        let plan = outbox::diagnosis::facts(&pair.pool).await.unwrap().claim_plan.join("\n");
+        assert!(plan.contains("Index Scan using events_pkey") && !plan.contains("Seq Scan"), "{plan}");
+    };
+    uses_index().await;
+    let million = "insert into outbox.events (id, keys) select gen_random_uuid(), array['user:' || n] from generate_series(1, 1000000) n";
+    sqlx::raw_sql(million).execute(&pair.pool).await.unwrap();
+    uses_index().await;
+    sqlx::raw_sql("delete from outbox.events").execute(&pair.pool).await.unwrap();
+    uses_index().await;
+    sqlx::raw_sql("analyze outbox.events").execute(&pair.pool).await.unwrap();
+    uses_index().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn receipt_names_the_transaction_and_the_row() {
+    let pair = Pair::start().await.unwrap();
+    pair.relay.process().terminate().await.unwrap();
+    let mut tx = pair.pool.begin().await.unwrap();
+    let event = Event::delete(["user:1"]).unwrap();
+    let receipt = outbox::enqueue(&mut tx, &event).await.unwrap();
+    let events: Vec<Event> = (0..3000).map(|n| Event::delete([format!("user:{n}")]).unwrap()).collect();
+    let receipts = outbox::enqueue_all(&mut tx, &events).await.unwrap();
+    let xid: String =
+        sqlx::query_scalar("select pg_current_xact_id()::text").fetch_one(&mut *tx).await.unwrap();
+    assert_eq!(receipt.xid.to_string(), xid);
+    assert_eq!(receipt.event_id, event.id());
+    assert_eq!(receipts.len(), 3000);
+    for (receipt, event) in receipts.iter().zip(&events) {
+        assert_eq!(receipt.event_id, event.id());
+        assert_eq!(receipt.xid, Xid(xid.parse().unwrap()));
+    }
+    assert!(receipts.windows(2).all(|pair| pair[0].seq < pair[1].seq));
+    tx.commit().await.unwrap();
+
+    let options = ClaimOptions { limit: 10, max_bytes: 1_000_000, from_seq: 0, prepared: true };
+    let (claim, claimed, poison) =
+        outbox::Claim::take(&pair.pool, options, Duration::from_secs(5)).await.unwrap();
+    assert_eq!((claimed.len(), poison.len()), (10, 0));
+    assert_eq!(claimed[0].event.xids, [xid.parse::<u64>().unwrap()]);
+    // Another claim skips what this one holds, and a dropped claim gives it back.
+    let (other, others, _) = outbox::Claim::take(&pair.pool, options, Duration::from_secs(5)).await.unwrap();
+    assert!(others.iter().all(|other| claimed.iter().all(|mine| mine.seq != other.seq)));
+    drop(claim);
+    other.give_back().await.unwrap();
+    eventually(Duration::from_secs(5), async || pair.backlog().await.unwrap() == 3001).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn claim_takes_no_more_bytes_than_it_was_told_but_always_one_row() {
+    let pair = Pair::start().await.unwrap();
+    pair.relay.process().terminate().await.unwrap();
+    let mut tx = pair.pool.begin().await.unwrap();
+    for number in 0..5 {
+        let event =
+            Event::update(format!("k:{number}").as_str(), vec![7; 100_000], 1, Duration::from_secs(60))
+                .unwrap();
+        let _ = outbox::enqueue(&mut tx, &event).await.unwrap();
+    }
+    tx.commit().await.unwrap();
+    for (max_bytes, rows) in [(1, 1), (250_000, 3), (10_000_000, 5)] {
+        let options = ClaimOptions { limit: 100, max_bytes, from_seq: 0, prepared: true };
+        let (claim, claimed, _) =
+            outbox::Claim::take(&pair.pool, options, Duration::from_secs(5)).await.unwrap();
+        assert_eq!(claimed.len(), rows, "{max_bytes} bytes");
+        claim.give_back().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn retention_keeps_each_message_for_at_least_its_window() {
+    let options = PairOptions { relay: vec![("RELAY_RETENTION", "3s".to_owned())], ..Default::default() };
+    let pair = Pair::start_with(options).await.unwrap();
+    pair.enqueue(&["kept"]).await.unwrap();
+    pair.until_outbox_empty().await;
+    let published = Instant::now();
+    let kept = async || -> i64 {
+        sqlx::query_scalar("select count(*) from outbox.published").fetch_one(&pair.pool).await.unwrap()
+    };
+    eventually(Duration::from_secs(30), async || kept().await == 0).await;
+    assert!(published.elapsed() >= Duration::from_secs(3), "forgotten after {:?}", published.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn schema_survives_being_installed_twice_and_beside_migrations_of_the_application() {
+    let pair = Pair::start().await.unwrap();
+    outbox::migrate(&pair.pool).await.unwrap();
+    let own: bool = sqlx::query_scalar("select to_regclass('public._sqlx_migrations') is null")
+        .fetch_one(&pair.pool)
+        .await
+        .unwrap();
+    assert!(own, "the application's own table of migrations was touched");
+    let uncommented: i64 = sqlx::query_scalar(
+        "select count(*) from pg_attribute a join pg_class c on c.oid = a.attrelid
+         where c.relnamespace = 'outbox'::regnamespace and c.relkind in ('r', 'p') and not c.relispartition
+           and c.relname <> 'migrations' and a.attnum > 0 and not a.attisdropped
+           and col_description(c.oid, a.attnum) is null",
+    )
+    .fetch_one(&pair.pool)
+    .await
+    .unwrap();
+    assert_eq!(uncommented, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn producer_role_needs_nothing_but_execute() {
+    let pair = Pair::start().await.unwrap();
+    sqlx::raw_sql(
+        "create role producer login; grant usage on schema outbox to producer;
+         revoke execute on all functions in schema outbox from public;
+         grant execute on function outbox.enqueue, outbox.enqueue_all to producer",
+    )
+    .execute(&pair.pool)
+    .await
+    .unwrap();
+    pair.fill("produced").await.unwrap();
+    let options: PgConnectOptions = pair.stack.postgres_url().parse().unwrap();
+    let mut producer = PgConnection::connect_with(&options.username("producer")).await.unwrap();
+    let mut tx = producer.begin().await.unwrap();
+    let _ = outbox::enqueue(&mut tx, &Event::delete(["produced"]).unwrap()).await.unwrap();
+    tx.commit().await.unwrap();
+    assert!(sqlx::query("select 1 from outbox.events").execute(&mut producer).await.is_err());
+    pair.until_none("produced").await;
+}

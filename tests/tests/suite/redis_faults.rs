@@ -1,0 +1,177 @@
+//! Redis is down, comes back with old data, fails over, or is a cluster.
+
+use std::time::Duration;
+
+use devstack::{RedisCluster, RedisReplicaPair, eventually};
+use tests::{Pair, PairOptions};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redis_down_and_back_loses_nothing_and_nothing_is_set_aside() {
+    let subscriber = vec![("SUBSCRIBER_ACK_WAIT", "2s".to_owned())];
+    let mut options = PairOptions { subscriber, ..Default::default() };
+    options.stack.redis.append_only = true;
+    let pair = Pair::start_with(options).await.unwrap();
+    pair.fill_many("down", 0..200).await.unwrap();
+    pair.stack.redis.kill().unwrap();
+    for number in 0..200 {
+        pair.enqueue(&[&format!("down:{number}")]).await.unwrap();
+    }
+    pair.until_outbox_empty().await;
+    let reason = pair.subscriber.until_not_ready().await;
+    assert!(reason.contains("Redis"), "{reason}");
+    pair.stack.redis.start().await.unwrap();
+    pair.until_none("down:*").await;
+    pair.subscriber.until_ready().await;
+    assert!(pair.subscriber.metric("subscriber_dead_letters_total").await.unwrap() < 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn values_that_come_back_with_an_old_snapshot_are_removed_by_a_replay() {
+    let pair = Pair::start().await.unwrap();
+    pair.fill("untouched").await.unwrap();
+    pair.fill_many("snapshot", 0..50).await.unwrap();
+    pair.enqueue(&["warm-up"]).await.unwrap();
+    pair.until_recorded().await;
+    pair.stack.redis.save_snapshot().await.unwrap();
+    for number in 0..50 {
+        pair.enqueue(&[&format!("snapshot:{number}")]).await.unwrap();
+    }
+    pair.until_none("snapshot:*").await;
+    pair.until_recorded().await;
+    pair.stack.redis.kill().unwrap();
+    pair.stack.redis.restore_snapshot().unwrap();
+    pair.stack.redis.start().await.unwrap();
+    pair.until_none("snapshot:*").await;
+    assert!(pair.is_cached("untouched").await.unwrap(), "the old snapshot was not loaded");
+    assert!(pair.subscriber.process().log().contains("replaying the stream"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn old_snapshot_is_noticed_by_a_subscriber_that_was_away_as_well() {
+    let pair = Pair::start().await.unwrap();
+    pair.fill("untouched").await.unwrap();
+    pair.fill_many("snapshot", 0..50).await.unwrap();
+    pair.enqueue(&["warm-up"]).await.unwrap();
+    pair.until_recorded().await;
+    pair.stack.redis.save_snapshot().await.unwrap();
+    for number in 0..50 {
+        pair.enqueue(&[&format!("snapshot:{number}")]).await.unwrap();
+    }
+    pair.until_none("snapshot:*").await;
+    pair.until_recorded().await;
+    pair.subscriber.process().kill().unwrap();
+    pair.stack.redis.kill().unwrap();
+    pair.stack.redis.restore_snapshot().unwrap();
+    pair.stack.redis.start().await.unwrap();
+    assert_eq!(pair.count("snapshot:*").await.unwrap(), 50);
+    pair.subscriber.process().start().unwrap();
+    pair.until_none("snapshot:*").await;
+    assert!(pair.is_cached("untouched").await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn promoted_replica_that_lagged_is_replayed_to() {
+    let pair = Pair::start().await.unwrap();
+    pair.subscriber.process().terminate().await.unwrap();
+    let redis = RedisReplicaPair::start_with_sentinel().await.unwrap();
+    let sentinel = redis.sentinel.as_ref().unwrap().address();
+    let url = format!("redis+sentinel://{sentinel}/{}", RedisReplicaPair::MASTER_NAME);
+    let subscriber =
+        pair.another_subscriber(&[("REDIS_URL", url), ("SUBSCRIBER_DURABLE", "pair".to_owned())]).unwrap();
+    subscriber.until_ready().await;
+    redis.primary.command(&["MSET", "lag:1", "old", "lag:2", "old", "kept", "value"]).await.unwrap();
+    redis.wait_in_sync().await.unwrap();
+
+    // The replica misses the deletes and is promoted.
+    redis.replica.stop().unwrap();
+    pair.enqueue(&["lag:1", "lag:2"]).await.unwrap();
+    eventually(Duration::from_secs(30), async || {
+        redis.primary.command(&["EXISTS", "lag:1", "lag:2"]).await.is_ok_and(|n| n == "0")
+    })
+    .await;
+    redis.primary.kill().unwrap();
+    redis.replica.resume().unwrap();
+    eventually(Duration::from_secs(60), async || {
+        let role = redis.replica.command(&["ROLE"]).await.map_err(|error| format!("{error:#}"))?;
+        if role.starts_with("master") { Ok(()) } else { Err(role) }
+    })
+    .await;
+    eventually(Duration::from_secs(60), async || {
+        let left = redis
+            .replica
+            .command(&["EXISTS", "lag:1", "lag:2"])
+            .await
+            .map_err(|error| format!("{error:#}"))?;
+        if left == "0" { Ok(()) } else { Err(format!("{left} stale keys; {}", subscriber.process().log())) }
+    })
+    .await;
+    assert_eq!(redis.replica.command(&["EXISTS", "kept"]).await.unwrap(), "1");
+}
+
+/// How many `spread:*` keys the masters of the cluster hold together.
+async fn spread(cluster: &RedisCluster) -> Result<usize, String> {
+    let mut count = 0;
+    for node in &cluster.nodes {
+        if !node.is_running() {
+            continue;
+        }
+        let text = |error: anyhow::Error| format!("{error:#}");
+        if node.command(&["ROLE"]).await.map_err(text)?.starts_with("master") {
+            let keys = node.command(&["KEYS", "spread:*"]).await.map_err(text)?;
+            count += keys.lines().filter(|line| !line.is_empty()).count();
+        }
+    }
+    Ok(count)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redis_cluster_is_invalidated_over_all_slots_and_survives_a_killed_primary() {
+    let pair = Pair::start().await.unwrap();
+    pair.subscriber.process().terminate().await.unwrap();
+    let cluster = RedisCluster::start(3, 1).await.unwrap();
+    let hosts: Vec<String> = cluster.nodes.iter().map(|node| node.address().to_string()).collect();
+    let url = format!("redis+cluster://{}", hosts.join(","));
+    let subscriber = pair
+        .another_subscriber(&[("REDIS_URL", url.clone()), ("SUBSCRIBER_DURABLE", "cluster".to_owned())])
+        .unwrap();
+    subscriber.until_ready().await;
+    let keys: Vec<String> = (0..300).map(|number| format!("spread:{number}")).collect();
+    fill_cluster(&cluster, &keys).await;
+    assert_eq!(spread(&cluster).await.unwrap(), 300);
+    for some in keys.chunks(50) {
+        pair.enqueue(&some.iter().map(String::as_str).collect::<Vec<_>>()).await.unwrap();
+    }
+    until_spread_is_gone(&cluster, &subscriber).await;
+
+    fill_cluster(&cluster, &keys).await;
+    // Acknowledged by the replicas too, so that the one that takes over has the values.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    cluster.nodes[0].kill().unwrap();
+    for some in keys.chunks(50) {
+        pair.enqueue(&some.iter().map(String::as_str).collect::<Vec<_>>()).await.unwrap();
+    }
+    until_spread_is_gone(&cluster, &subscriber).await;
+    subscriber.until_ready().await;
+}
+
+async fn until_spread_is_gone(cluster: &RedisCluster, subscriber: &tests::Daemon) {
+    eventually(Duration::from_secs(90), async || match spread(cluster).await {
+        Ok(0) => Ok(()),
+        other => Err(format!("{other:?} left; log:\n{}", subscriber.process().log())),
+    })
+    .await;
+}
+
+/// Sets every key on the node that owns its slot: the others refuse.
+async fn fill_cluster(cluster: &RedisCluster, keys: &[String]) {
+    for key in keys {
+        let mut owners = 0;
+        for node in &cluster.nodes {
+            if node.command(&["SET", key, "cached"]).await.is_ok() {
+                owners += 1;
+                break;
+            }
+        }
+        assert_eq!(owners, 1, "no node takes {key}");
+    }
+}
