@@ -41,7 +41,7 @@ struct Bench {
 
 fn main() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(async { tokio::spawn(run()).await? })
+    runtime.block_on(run())
 }
 
 async fn run() -> anyhow::Result<()> {

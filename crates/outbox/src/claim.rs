@@ -66,13 +66,13 @@ struct Columns {
     created_at: DateTime<Utc>,
 }
 
-/// Two traps in one statement. The planner must not choose a sequential scan because the table was empty when the
-/// statement was planned, and the server must end the transaction if the relay hangs with rows in hand.
-const BEGIN: &str = "begin; set local enable_seqscan = off; set local idle_in_transaction_session_timeout = ";
+/// The planner must not choose anything but the index because the table was empty when the statement was planned: the
+/// plan is kept, and the table may have a million rows the next time.
+pub(crate) const PLANNER: &str = "set local enable_seqscan = off; set local enable_bitmapscan = off";
 
 /// Rows are deleted by physical address, which the row lock pins: no second descent of the index. Of the locked rows only
 /// those are taken that fit the byte budget, and always the first; the others are free again at the end of the claim.
-const TAKE: &str = "
+pub(crate) const TAKE: &str = "
     delete from outbox.events
     where ctid = any(array(
         select ctid from (
@@ -106,7 +106,9 @@ impl Claim {
         options: ClaimOptions,
         lease: Duration,
     ) -> Result<(Self, Vec<Claimed>, Vec<Poison>), sqlx::Error> {
-        let begin = format!("{BEGIN}{}", lease.as_millis().max(1));
+        // The server takes the rows back if the relay hangs with them in hand.
+        let lease_ms = lease.as_millis().max(1);
+        let begin = format!("begin; {PLANNER}; set local idle_in_transaction_session_timeout = {lease_ms}");
         let mut tx = pool.begin_with(AssertSqlSafe(begin)).await?;
         let rows = sqlx::query(TAKE)
             .persistent(options.prepared)

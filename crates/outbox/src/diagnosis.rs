@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use sqlx::{PgPool, Row};
+use sqlx::{AssertSqlSafe, PgPool, Row};
+
+use crate::claim::{PLANNER, TAKE};
 
 /// What the doctor looks at.
 #[derive(Debug, Clone)]
@@ -74,16 +76,16 @@ pub async fn facts(pool: &PgPool) -> Result<Facts, sqlx::Error> {
     })
 }
 
-/// The plan of the part of the claim that finds rows, under the settings of a claim.
+/// The plan of the claim, under the settings of a claim.
 async fn claim_plan(pool: &PgPool) -> Result<Vec<String>, sqlx::Error> {
-    let mut tx = pool.begin_with("begin; set local enable_seqscan = off").await?;
-    let rows = sqlx::query(
-        "explain (costs off) delete from outbox.events where ctid = any(array(
-            select ctid from outbox.events where seq >= 1 order by seq limit 1000 for update skip locked))",
-    )
-    .persistent(false)
-    .fetch_all(&mut *tx)
-    .await?;
+    let mut tx = pool.begin_with(AssertSqlSafe(format!("begin; {PLANNER}"))).await?;
+    let rows = sqlx::query(AssertSqlSafe(format!("explain (costs off) {TAKE}")))
+        .persistent(false)
+        .bind(0_i64)
+        .bind(1000_i64)
+        .bind(1_000_000_i64)
+        .fetch_all(&mut *tx)
+        .await?;
     rows.iter().map(|row| row.try_get(0)).collect()
 }
 

@@ -3,6 +3,7 @@
 use std::{future::Future, path::PathBuf, time::Duration};
 
 use async_nats::{ConnectErrorKind, ConnectOptions, Event, ServerAddr};
+use percent_encoding::percent_decode_str;
 use tokio::{sync::watch, time::Instant};
 
 use crate::{Backoff, SecretUrl};
@@ -106,6 +107,7 @@ impl Nats {
         let mut backoff = Backoff::new(Duration::from_millis(50), MAX_RECONNECT_DELAY);
         loop {
             let (connect, link) = connect_options(options, name).await?;
+            let connect = with_credentials_of(connect, &servers);
             let error = match connect.connect(servers.as_slice()).await {
                 Ok(client) => return Ok(Self { client, link }),
                 Err(error) => error,
@@ -168,6 +170,18 @@ async fn connect_options(
         connect = connect.add_root_certificates(file.clone()).require_tls(true);
     }
     Ok((connect, link))
+}
+
+/// The library leaves user and password in the URL alone; a lone user is a token, as NATS has it.
+fn with_credentials_of(connect: ConnectOptions, servers: &[ServerAddr]) -> ConnectOptions {
+    let decode = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
+    let Some((user, password)) = servers.iter().find_map(|server| Some((server.username()?, server.password()))) else {
+        return connect;
+    };
+    match password {
+        Some(password) => connect.user_and_password(decode(user), decode(password)),
+        None => connect.token(decode(user)),
+    }
 }
 
 fn note(sender: &watch::Sender<Link>, event: &Event) {

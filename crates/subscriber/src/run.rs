@@ -1,6 +1,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context;
 use cache::Redis;
 use service::nats::Nats;
 use service::{Health, HttpServer, Limits, Metrics, Shutdown, drain};
@@ -25,8 +26,10 @@ const DEAD_AFTER: Duration = Duration::from_mins(10);
 /// [`Halt`](crate::Halt). Other trouble is waited out.
 pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     config.check()?;
-    let redis = Redis::new(config.redis())?;
-    refuse_wrong_credentials(&redis).await?;
+    let redis = Redis::new(config.redis()).context("REDIS_URL (--redis-url) cannot be used")?;
+    refuse_wrong_credentials(&redis)
+        .await
+        .with_context(|| format!("REDIS_URL (--redis-url) {} cannot be used", config.redis_url))?;
     let nats = Nats::connect(&config.nats, "subscriber", config.startup_timeout).await?;
     let jetstream = broker::jetstream(&nats);
     wait_for_stream(&jetstream, &config, &shutdown).await?;

@@ -14,6 +14,7 @@ use devstack::{Binary, RedisOptions, StackOptions};
 use crate::pair::Ground;
 use crate::{observer, programs, servers};
 use stage::Stage;
+pub use stage::versions;
 use timeline::Timeline;
 
 /// See it work on real servers: commits, rollbacks, crashes, an outage
@@ -60,7 +61,7 @@ async fn prepare(
 ) -> anyhow::Result<Stage> {
     let redis = RedisOptions { configuration: observer::CONFIGURATION.to_owned(), ..Default::default() };
     let ground = Ground::start(programs, StackOptions { redis, ..Default::default() }).await?;
-    timeline.title(&stage::versions(&ground).await?);
+    timeline.title(&versions(&ground).await?);
     timeline.setup("servers", &format!("started in {:.1} s", started.elapsed().as_secs_f64()));
     timeline.setup("schema", &format!("relay migrate: {}", ground.migrate().await?));
     let stage = Stage::set(ground).await?;

@@ -36,11 +36,6 @@ impl Paint {
         self.with("31", text.as_ref())
     }
 
-    /// Noteworthy.
-    pub fn yellow(self, text: impl AsRef<str>) -> String {
-        self.with("33", text.as_ref())
-    }
-
     /// A name or a command.
     pub fn cyan(self, text: impl AsRef<str>) -> String {
         self.with("36", text.as_ref())

@@ -11,7 +11,7 @@ async fn sql_function_refuses_bad_keys_with_a_message_that_names_the_rule() {
     let pair = Pair::start().await.unwrap();
     let cases = [
         ("array[]::text[]", "event names no key"),
-        ("null", "event names no key"),
+        ("null", "null value in column \"keys\""),
         ("array['a', '']", "key 1 of the event is empty"),
         ("array['a', null]", "key 1 of the event is empty"),
         ("array[repeat('x', 1025)]", "key 0 of the event has 1025 bytes, the limit is 1024"),

@@ -1,8 +1,9 @@
 //! Wrong settings and missing rights: an error at the start that names what to fix, and an exit code.
 
 use std::process::{Command, Output};
+use std::time::Duration;
 
-use devstack::{Nats, NatsOptions, Stack, StackOptions};
+use devstack::{Binary, Port, Process, Stack, StackOptions};
 use tests::program;
 
 struct Scene {
@@ -70,8 +71,8 @@ async fn subscriber_names_what_is_wrong_with_its_surroundings() {
     // The stream is missing, as no relay has run yet.
     let error = scene.failure("subscriber", &[], &[]).await;
     assert!(error.contains("INVALIDATIONS") && error.contains("relay"), "{error}");
-    scene.stack.redis.command(&["CONFIG", "SET", "requirepass", "hunter2"]).await.unwrap();
-    let wrong = scene.stack.redis_url().replace("redis://", "redis://:hunter3@");
+    scene.stack.redis.command(&["ACL", "SETUSER", "app", "on", ">hunter2"]).await.unwrap();
+    let wrong = scene.stack.redis_url().replace("redis://", "redis://app:hunter3@");
     let cases: [(&[(&str, &str)], &[&str]); 5] = [
         (&[("REDIS_URL", &wrong)], &["REDIS_URL"]),
         (&[("REDIS_URL", "http://127.0.0.1")], &["REDIS_URL"]),
@@ -94,17 +95,25 @@ async fn subscriber_names_what_is_wrong_with_its_surroundings() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nats_credentials_and_rights_are_named_when_they_are_wrong() {
     let scene = Scene::start().await;
-    let configuration = r#"
-        authorization { users = [
-            { user: app, password: secret }
-            { user: poor, password: secret, permissions: { publish: ["x"], subscribe: ["_INBOX.>"] } }
-        ] }"#;
-    let nats =
-        Nats::start_alone(NatsOptions { configuration: configuration.to_owned(), ..Default::default() })
-            .await;
-    // A server that wants credentials cannot be asked by devstack whether it is ready without them.
-    let Ok(nats) = nats else { panic!("nats-server with users does not start: {:#}", nats.unwrap_err()) };
-    let url = |user: &str| nats.url().replace("nats://", &format!("nats://{user}@"));
+    // Started by hand: devstack asks a server whether it is ready, and this one answers nobody without credentials.
+    let port = Port::reserve().unwrap();
+    let file = scene.stack.directory().path().join("users.conf");
+    let configuration = format!(
+        r#"listen: "{}"
+        jetstream {{ store_dir: "{}" }}
+        authorization {{ users = [
+            {{ user: app, password: secret }}
+            {{ user: poor, password: secret, permissions: {{ publish: ["x"], subscribe: ["_INBOX.>"] }} }}
+        ] }}"#,
+        port.address(),
+        scene.stack.directory().path().join("users-data").display()
+    );
+    std::fs::write(&file, configuration).unwrap();
+    let mut command = Command::new(Binary::NatsServer.find().unwrap());
+    command.arg("-c").arg(&file);
+    let nats = Process::spawn(scene.stack.directory(), "nats-users", command).unwrap();
+    nats.wait_for_log("Server is ready", Duration::from_secs(20)).await.unwrap();
+    let url = |user: &str| format!("nats://{user}@{}", port.address());
     for name in ["relay", "subscriber"] {
         let error = scene.failure(name, &[], &[("NATS_URL", &url("app:hunter2"))]).await;
         assert!(

@@ -1,39 +1,47 @@
 //! Relay and subscriber die or freeze at the worst moments.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use devstack::eventually;
 use tests::{Daemon, Pair, PairOptions};
 
-/// Restarts a daemon whenever it has died, until the work is done; says how often.
-async fn restart_until(daemon: &Daemon, done: impl AsyncFn() -> bool) -> usize {
-    let mut restarts = 0;
-    let deadline = Instant::now() + Duration::from_secs(90);
-    while !done().await {
-        assert!(Instant::now() < deadline, "the work is never done; log:\n{}", daemon.process().log());
-        if !daemon.process().is_running() {
-            restarts += 1;
-            daemon.process().start().unwrap();
+/// Loads the pair for a few seconds while a daemon dies again and again, restarts it each time, and makes sure that
+/// everything arrives in the end.
+async fn dies_and_is_restarted(pair: &Pair, daemon: &Daemon) {
+    let end = Instant::now() + Duration::from_secs(4);
+    let loaded = AtomicBool::new(false);
+    let load = async {
+        let committed = pair.load("crash", |_| Instant::now() >= end).await.unwrap();
+        loaded.store(true, Ordering::Relaxed);
+        committed
+    };
+    let restart = async {
+        let mut restarts = 0;
+        let deadline = Instant::now() + Duration::from_secs(90);
+        while !loaded.load(Ordering::Relaxed)
+            || pair.backlog().await.unwrap() > 0
+            || pair.count("crash:*").await.unwrap() > 0
+        {
+            assert!(Instant::now() < deadline, "the work is never done; log:\n{}", daemon.process().log());
+            if !daemon.process().is_running() {
+                restarts += 1;
+                daemon.process().start().unwrap();
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    restarts
+        restarts
+    };
+    let (committed, restarts) = tokio::join!(load, restart);
+    assert!(committed > 100, "{committed}");
+    assert!(restarts >= 1, "the failpoint was reached {restarts} times");
+    assert_eq!(pair.dead_letters().await.unwrap(), 0);
 }
 
 async fn relay_dies_at(failpoint: &str) {
-    let relay = vec![("FAILPOINTS", format!("{failpoint}=kill@4")), ("RELAY_CLAIM_LIMIT", "10".to_owned())];
+    let relay = vec![("FAILPOINTS", format!("{failpoint}=kill@8"))];
     let pair = Pair::start_with(PairOptions { relay, ..Default::default() }).await.unwrap();
-    let load = pair.load("crash", |committed| committed >= 200);
-    let restarts = restart_until(&pair.relay, async || {
-        pair.backlog().await.unwrap() == 0 && pair.count("crash:*").await.unwrap() == 0
-    });
-    let (committed, first_restarts) = tokio::join!(load, restarts);
-    // The load may have gone on after a quiet moment.
-    let more = restart_until(&pair.relay, async || pair.backlog().await.unwrap() == 0).await;
-    assert!(committed.unwrap() >= 200);
-    assert!(first_restarts + more >= 1, "the failpoint was never reached");
-    pair.until_none("crash:*").await;
-    assert_eq!(pair.dead_letters().await.unwrap(), 0);
+    dies_and_is_restarted(&pair, &pair.relay).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -53,16 +61,9 @@ async fn relay_killed_after_settle_loses_nothing() {
 
 async fn subscriber_dies_at(failpoint: &str) {
     let subscriber =
-        vec![("FAILPOINTS", format!("{failpoint}=kill@4")), ("SUBSCRIBER_ACK_WAIT", "2s".to_owned())];
+        vec![("FAILPOINTS", format!("{failpoint}=kill@10")), ("SUBSCRIBER_ACK_WAIT", "2s".to_owned())];
     let pair = Pair::start_with(PairOptions { subscriber, ..Default::default() }).await.unwrap();
-    let load = pair.load("crash", |committed| committed >= 200);
-    let restarts = restart_until(&pair.subscriber, async || {
-        pair.backlog().await.unwrap() == 0 && pair.count("crash:*").await.unwrap() == 0
-    });
-    let (committed, restarts) = tokio::join!(load, restarts);
-    let more = restart_until(&pair.subscriber, async || pair.count("crash:*").await.unwrap() == 0).await;
-    assert!(committed.unwrap() >= 200);
-    assert!(restarts + more >= 1, "the failpoint was never reached");
+    dies_and_is_restarted(&pair, &pair.subscriber).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

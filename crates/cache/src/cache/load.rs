@@ -33,28 +33,34 @@ impl<T> Loaded<T> {
     }
 }
 
-/// A lease, given back when dropped unused: by a loader that failed or a caller that lost interest.
+/// A lease, from the moment it is asked for. Dropped while it may be held, it is given back: by a loader that failed, by a
+/// caller that lost interest, after an answer that came too late.
 pub(super) struct Lease<'a> {
     cache: &'a Cache,
     key: &'a CacheKey,
     token: LeaseToken,
-    used: bool,
+    perhaps_held: bool,
 }
 
 impl<'a> Lease<'a> {
     pub(super) fn new(cache: &'a Cache, key: &'a CacheKey, token: LeaseToken) -> Self {
-        Self { cache, key, token, used: false }
+        Self { cache, key, token, perhaps_held: true }
+    }
+
+    /// There is nothing to give back: it was not granted.
+    pub(super) fn forget(mut self) {
+        self.perhaps_held = false;
     }
 
     /// The key, for a fill together with others.
     pub(super) fn used_for_many(mut self) -> &'a CacheKey {
-        self.used = true;
+        self.perhaps_held = false;
         self.key
     }
 
     /// Offers a value. If it was stored, says when it was sent.
     async fn fill(mut self, fill: Fill<'_>) -> Option<Instant> {
-        self.used = true;
+        self.perhaps_held = false;
         let Shared { reads, meters, .. } = &*self.cache.shared;
         let sent = Instant::now();
         let stored = self.cache.ask(reads.fill(self.key, self.token, fill)).await;
@@ -65,7 +71,7 @@ impl<'a> Lease<'a> {
 
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
-        if let (false, Ok(runtime)) = (self.used, tokio::runtime::Handle::try_current()) {
+        if let (true, Ok(runtime)) = (self.perhaps_held, tokio::runtime::Handle::try_current()) {
             let (cache, key, token) = (self.cache.clone(), self.key.clone(), self.token);
             runtime.spawn(async move { cache.ask(cache.shared.reads.release(&key, token)).await });
         }

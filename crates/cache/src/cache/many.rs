@@ -162,17 +162,21 @@ impl Cache {
         if missing.is_empty() {
             return Vec::new();
         }
+        let held: Vec<_> = missing.iter().map(|&(at, key)| (at, Lease::new(self, key, token))).collect();
         let asked: Vec<_> = missing.iter().map(|&(at, key)| (key, wanted[at].unusable)).collect();
         let lease = self.shared.config.lease;
         let acquired =
             self.ask(self.shared.reads.acquire_many(&asked, token, lease)).await.unwrap_or_default();
         let mut leases = Vec::new();
-        for ((at, key), acquired) in missing.into_iter().zip(acquired) {
+        for ((at, lease), acquired) in held.into_iter().zip(acquired) {
             self.shared.meters.leases.count(&acquired);
             match acquired {
-                Acquired::Grant => leases.push((at, Lease::new(self, key, token))),
-                Acquired::Value(bytes) => wanted[at].value = options.codec.decode(&bytes).ok(),
-                Acquired::Wait | Acquired::Bypass => {}
+                Acquired::Grant => leases.push((at, lease)),
+                Acquired::Value(bytes) => {
+                    lease.forget();
+                    wanted[at].value = options.codec.decode(&bytes).ok();
+                }
+                Acquired::Wait | Acquired::Bypass => lease.forget(),
             }
         }
         leases

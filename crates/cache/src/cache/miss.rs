@@ -102,14 +102,20 @@ impl Cache {
         let mut poll = FIRST_POLL;
         loop {
             let asked = Instant::now();
+            let lease = Lease::new(self, key, token);
             let acquired = self.ask(self.shared.reads.acquire(key, token, config.lease, unusable)).await;
             if let Some(acquired) = &acquired {
                 self.shared.meters.leases.count(acquired);
             }
-            match acquired {
-                Some(Acquired::Grant) => return Course::Load(leader, Some(Lease::new(self, key, token))),
-                Some(Acquired::Bypass) | None => return Course::Load(leader, None),
-                Some(Acquired::Value(bytes)) => {
+            let refused = match acquired {
+                Some(Acquired::Grant) => return Course::Load(leader, Some(lease)),
+                None => return Course::Load(leader, None),
+                Some(refused) => refused,
+            };
+            lease.forget();
+            match refused {
+                Acquired::Grant | Acquired::Bypass => return Course::Load(leader, None),
+                Acquired::Value(bytes) => {
                     if let Ok(value) = options.codec.decode(&bytes) {
                         leader.land(Landing::Value { bytes: bytes.into(), for_readers_before: asked });
                         return Course::Done(value);
@@ -117,7 +123,7 @@ impl Cache {
                     self.count_unusable(key);
                     unusable = true;
                 }
-                Some(Acquired::Wait) => {
+                Acquired::Wait => {
                     if let Some(value) = self.stale(key, options).await {
                         leader.land(Landing::Abandoned);
                         return Course::Done(value);

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use deadpool_redis::redis::{FromRedisValue, Pipeline, Value, from_redis_value};
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{StreamExt as _, TryStreamExt as _, stream};
 
 use super::Redis;
 use crate::RedisError;
@@ -47,11 +47,10 @@ impl Redis {
         if let [pipeline] = pipelines.as_slice() {
             return Ok(vec![self.pipeline_on(lane, pipeline).await?]);
         }
-        stream::iter(pipelines)
-            .map(|pipeline| async move { self.pipeline_on(lane, &pipeline).await })
-            .buffered(MAX_PIPELINES)
-            .try_collect()
-            .await
+        // Collected before the stream is built: with the closure inside the stream the compiler cannot prove that the
+        // future may be sent to another thread.
+        let requests: Vec<_> = pipelines.iter().map(|pipeline| self.pipeline_on(lane, pipeline)).collect();
+        stream::iter(requests).buffered(MAX_PIPELINES).try_collect().await
     }
 
     /// As [`run_all`](Self::run_all) where every answer is a number and only their sum matters.

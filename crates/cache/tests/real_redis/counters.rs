@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use cache::{Cache, CacheConfig};
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit};
+use tokio::sync::Notify;
 
-use crate::reader::find;
+use crate::reader::{find, waits};
 use crate::support::{Bed, MINUTE, connect, key};
 
 /// Keeps counters in memory.
@@ -79,6 +80,35 @@ async fn hits_misses_loads_and_what_becomes_of_fills_are_counted() {
         "loads_total 4",
         "misses_total 3",
         "undecodable_total 1",
+    ];
+    assert_eq!(memory.counted(), expected);
+}
+
+#[tokio::test]
+async fn a_reader_who_came_during_a_load_shares_it_if_it_was_stored() {
+    let bed = Bed::new().await;
+    let (cache, memory) = counting(&bed.server.url(), CacheConfig::default());
+    let (loading, go) = (Notify::new(), Notify::new());
+    let slowly = async || {
+        loading.notify_one();
+        go.notified().await;
+        find(1).await
+    };
+    let first = cache.get_or_load("n", MINUTE, slowly);
+    let second = async {
+        loading.notified().await;
+        let mut read = std::pin::pin!(cache.get_or_load("n", MINUTE, || find(2)));
+        assert!(waits(read.as_mut()).await);
+        go.notify_one();
+        read.await
+    };
+    assert_eq!(tokio::join!(first, second), (Ok(1), Ok(1)));
+    let expected = [
+        "fills_total stored 1",
+        "leases_total grant 1",
+        "loads_total 1",
+        "misses_total 2",
+        "shared_loads_total 1",
     ];
     assert_eq!(memory.counted(), expected);
 }

@@ -11,6 +11,7 @@ mod many;
 mod marks;
 mod reader;
 mod scripts;
+mod spawn;
 mod stale;
 mod stampede;
 mod support;

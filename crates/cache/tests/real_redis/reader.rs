@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -22,8 +23,10 @@ fn ada() -> User {
 }
 
 impl Bed {
+    /// A cache whose leases do not end while a test waits for them to be given back.
     pub(crate) fn cache(&self) -> Cache {
-        Cache::new(self.redis.clone(), CacheConfig { ttl_jitter: 0.0, ..CacheConfig::default() })
+        let config = CacheConfig { ttl_jitter: 0.0, lease: 10 * MINUTE, ..CacheConfig::default() };
+        Cache::new(self.redis.clone(), config)
     }
 
     async fn commands(&self) -> String {
@@ -37,6 +40,11 @@ impl Bed {
 /// A loader that finds `value`.
 pub(crate) async fn find<T>(value: T) -> Result<T, Infallible> {
     Ok(value)
+}
+
+/// Lets a read run until it has nothing to do but wait for others.
+pub(crate) async fn waits<F: Future>(read: Pin<&mut F>) -> bool {
+    tokio::time::timeout(Duration::from_millis(50), read).await.is_err()
 }
 
 /// Counts its calls and returns what it is told to.

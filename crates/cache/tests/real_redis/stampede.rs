@@ -10,7 +10,7 @@ use devstack::eventually;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
-use crate::reader::{Loads, find};
+use crate::reader::{Loads, find, waits};
 use crate::support::{Bed, MINUTE, SOON, connect, key};
 
 const READERS: usize = 500;
@@ -76,9 +76,7 @@ async fn a_hot_key_invalidated_under_five_hundred_readers_causes_two_loads_and_n
     bed.delete(&key("hot"), 1).await;
     let mut late = JoinSet::new();
     spawn_readers(&cache, &row, &mut late);
-    while late.len() < READERS {
-        tokio::task::yield_now().await;
-    }
+    bed.wait_for_reads(2 * READERS).await;
     row.go.notify_one();
     row.wait_for_loads(2).await;
     row.go.notify_one();
@@ -96,14 +94,15 @@ async fn a_load_whose_fill_was_refused_is_not_shared_with_a_reader_who_came_afte
     row.wait_for_loads(1).await;
     row.version.store(1, Ordering::SeqCst);
     bed.delete(&key("hot"), 1).await;
-    let second = read(&cache, &row);
-    // The second has missed and waits for the first; it would be told 0 if the result were simply shared.
-    tokio::task::yield_now().await;
+    let mut second = std::pin::pin!(cache.get_or_load("hot", MINUTE, || row.load()));
+    // It has missed and waits for the first; it would be told 0 if the result were simply shared.
+    assert!(waits(second.as_mut()).await);
     row.go.notify_one();
     assert_eq!(first.await.unwrap(), 0);
-    row.wait_for_loads(2).await;
+    assert!(waits(second.as_mut()).await);
     row.go.notify_one();
-    assert_eq!(second.await.unwrap(), 1);
+    assert_eq!(second.await, Ok(1));
+    assert_eq!(row.loads(), 2);
 }
 
 fn read(cache: &Cache, row: &Arc<SlowRow>) -> tokio::task::JoinHandle<usize> {
@@ -161,13 +160,14 @@ async fn when_the_reader_that_loads_loses_interest_another_loads() {
     let (cache, row) = (bed.cache(), Arc::new(SlowRow::default()));
     let first = read(&cache, &row);
     row.wait_for_loads(1).await;
-    let second = read(&cache, &row);
-    tokio::task::yield_now().await;
+    let mut second = std::pin::pin!(cache.get_or_load("hot", MINUTE, || row.load()));
+    assert!(waits(second.as_mut()).await);
+    assert_eq!(row.loads(), 1);
     first.abort();
-    row.wait_for_loads(2).await;
+    assert!(waits(second.as_mut()).await);
+    assert_eq!(row.loads(), 2);
     row.go.notify_one();
-    row.go.notify_one();
-    assert_eq!(second.await.unwrap(), 0);
+    assert_eq!(second.await, Ok(0));
 }
 
 #[tokio::test]
@@ -185,29 +185,27 @@ async fn readers_waiting_for_a_load_that_fails_load_for_themselves() {
     });
     bed.wait_for_lease_requests(1).await;
     let mut waiting = std::pin::pin!(cache.get_or_load("n", MINUTE, || find(7)));
-    assert!(futures_pending(waiting.as_mut()).await);
+    assert!(waits(waiting.as_mut()).await);
     go.notify_one();
     assert_eq!(failing.await.unwrap(), Err("down"));
     assert_eq!(waiting.await, Ok(7));
 }
 
-/// Lets a read run until it has nothing to do but wait for others.
-async fn futures_pending<F: Future>(read: std::pin::Pin<&mut F>) -> bool {
-    tokio::time::timeout(Duration::from_millis(50), read).await.is_err()
-}
-
 impl Bed {
-    /// Waits until ACQUIRE was called at least so often.
-    async fn wait_for_lease_requests(&self, count: u64) {
-        let calls = async || {
-            let statistics = self.raw(&["INFO", "commandstats"]).await;
-            let of = |name: &str| -> u64 {
-                let line = statistics.lines().find_map(|line| line.strip_prefix(name));
-                line.and_then(|line| line.split(',').next()?.parse().ok()).unwrap_or(0)
-            };
-            // The first call of a script fails by name and is repeated by text.
-            of("cmdstat_evalsha:calls=") >= count
-        };
-        eventually(SOON, calls).await;
+    /// Waits until ACQUIRE was called at least so often. The first call of a script fails by name and is repeated by
+    /// text, but it is a call.
+    async fn wait_for_lease_requests(&self, count: usize) {
+        eventually(SOON, async || self.calls("evalsha").await >= count).await;
+    }
+
+    async fn wait_for_reads(&self, count: usize) {
+        eventually(SOON, async || self.calls("get").await >= count).await;
+    }
+
+    async fn calls(&self, command: &str) -> usize {
+        let statistics = self.raw(&["INFO", "commandstats"]).await;
+        let prefix = format!("cmdstat_{command}:calls=");
+        let line = statistics.lines().find_map(|line| line.strip_prefix(&prefix));
+        line.and_then(|line| line.split(',').next()?.parse().ok()).unwrap_or(0)
     }
 }

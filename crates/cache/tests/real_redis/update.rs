@@ -123,6 +123,8 @@ enum Step {
     },
     /// Delivers one of the events so far, perhaps not for the first time.
     Deliver(usize),
+    /// A reader misses, loads and fills without interruption.
+    Read,
     /// A reader misses, loads, or fills; readers are interleaved freely.
     Miss(usize),
     Load(usize),
@@ -136,6 +138,7 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         3 => any::<bool>().prop_map(|as_update| Step::Write { as_update }),
         5 => any::<usize>().prop_map(Step::Deliver),
+        3 => Just(Step::Read),
         3 => (0..2_usize).prop_map(Step::Miss),
         3 => (0..2_usize).prop_map(Step::Load),
         3 => (0..2_usize).prop_map(Step::Fill),
@@ -156,6 +159,11 @@ impl Row {
     async fn take(&mut self, bed: &Bed, step: Step) {
         match step {
             Step::Write { as_update } => self.write(as_update),
+            Step::Read => {
+                for step in [Step::Miss(0), Step::Load(0), Step::Fill(0)] {
+                    Box::pin(self.take(bed, step)).await;
+                }
+            }
             Step::Deliver(nth) if !self.events.is_empty() => {
                 let event = self.events[nth % self.events.len()].clone();
                 bed.redis.apply(&work([event])).await.unwrap();

@@ -1,0 +1,120 @@
+//! What enqueueing costs the writers.
+
+mod load;
+
+use std::time::Duration;
+
+use sqlx::PgPool;
+
+use super::figures::Figure;
+use super::numbers::{median, rounded};
+use super::percentiles::Delays;
+use super::{Scale, events, latency, progress, surroundings};
+use crate::pair::Ground;
+use crate::programs::Programs;
+pub use load::{Extra, transactions};
+
+/// Writers at the same time.
+const WRITERS: [usize; 3] = [1, 8, 32];
+
+/// The number that has a target, and the target.
+const TARGET_WRITERS: usize = 32;
+const TARGET_RATIO: f64 = 0.70;
+
+/// What each round measures, one after the other, so that a change of the machine's mood meets all of them.
+const VARIANTS: [Variant; 4] = [
+    Variant { extra: Extra::Nothing, relayed: false },
+    Variant { extra: Extra::Enqueue, relayed: false },
+    Variant { extra: Extra::Enqueue, relayed: true },
+    Variant { extra: Extra::Notify, relayed: false },
+];
+
+/// What the transactions do besides their own business.
+#[derive(Debug, Clone, Copy)]
+struct Variant {
+    extra: Extra,
+    /// In the database that the relay takes events from, rather than in one where they stay.
+    relayed: bool,
+}
+
+/// A variant over all rounds.
+#[derive(Debug)]
+struct Outcome {
+    per_second: f64,
+    delays: Delays,
+}
+
+/// Both databases, on one server.
+struct Databases {
+    relayed: String,
+    alone: String,
+    alone_pool: PgPool,
+}
+
+/// Measures it.
+pub async fn measure(programs: &Programs, scale: Scale) -> anyhow::Result<Vec<Figure>> {
+    let ground = Ground::start(programs, surroundings::options()).await?;
+    ground.migrate().await?;
+    latency::create_accounts(&ground.pool).await?;
+    let alone = ground.stack.create_database("alone").await?;
+    let alone_pool = PgPool::connect(&alone).await?;
+    outbox::migrate(&alone_pool).await?;
+    latency::create_accounts(&alone_pool).await?;
+    let databases = Databases { relayed: ground.stack.postgres_url(), alone, alone_pool };
+    let _pair = ground.spawn_pair().await?;
+
+    let mut figures = Vec::new();
+    for writers in WRITERS {
+        let outcomes = measure_with(&ground, &databases, writers, scale).await?;
+        figures.extend(compare(writers, &outcomes));
+    }
+    Ok(figures)
+}
+
+async fn measure_with(
+    ground: &Ground,
+    databases: &Databases,
+    writers: usize,
+    scale: Scale,
+) -> anyhow::Result<[Outcome; 4]> {
+    let duration = scale.pick(Duration::from_secs(3), Duration::from_millis(500));
+    let mut speeds = VARIANTS.map(|_| Vec::new());
+    let mut delays = VARIANTS.map(|_| Delays::new());
+    for _ in 0..scale.pick(3, 1) {
+        for (index, variant) in VARIANTS.into_iter().enumerate() {
+            let url = if variant.relayed { &databases.relayed } else { &databases.alone };
+            let (speed, round) = load::play(url, writers, variant.extra, duration).await?;
+            speeds[index].push(speed);
+            delays[index].add(&round);
+            // Each begins with an empty outbox.
+            events::claim_all(&databases.alone_pool).await?;
+            ground.until_outbox_empty(Duration::from_secs(60)).await?;
+        }
+    }
+    let mut outcomes = speeds.into_iter().zip(delays).map(|(speeds, delays)| Outcome { per_second: median(speeds), delays });
+    Ok(std::array::from_fn(|_| outcomes.next().expect("as many as variants")))
+}
+
+fn compare(writers: usize, [without, enqueue, relayed, notify]: &[Outcome; 4]) -> Vec<Figure> {
+    let describe = |outcome: &Outcome| format!("{} tx/s, {}", rounded(outcome.per_second), outcome.delays.short());
+    let share = |outcome: &Outcome| outcome.per_second / without.per_second;
+    let measured = |outcome: &Outcome| format!("{:.2} of without: {}", share(outcome), describe(outcome));
+    let beside = format!("without {}; pg_notify instead {:.2}: {}", describe(without), share(notify), describe(notify));
+    let people = if writers == 1 { "1 writer".to_owned() } else { format!("{writers} writers") };
+    progress(&format!("{people}: {}; with the relay {}; {beside}", measured(enqueue), measured(relayed)));
+    let judged = |figure: Figure, outcome: &Outcome| match writers {
+        TARGET_WRITERS => figure.with_target("≥ 0.70", share(outcome) >= TARGET_RATIO),
+        _ => figure,
+    };
+    vec![
+        judged(Figure::new(format!("{people}: an update with enqueue"), measured(enqueue), beside), enqueue),
+        judged(
+            Figure::new(
+                format!("{people}: the same while the pair delivers on the same cores"),
+                measured(relayed),
+                "as above",
+            ),
+            relayed,
+        ),
+    ]
+}

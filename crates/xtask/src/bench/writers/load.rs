@@ -1,0 +1,82 @@
+//! Writers that never pause.
+
+use std::time::{Duration, Instant};
+
+use futures::future::try_join_all;
+use outbox::Event;
+use rand::Rng;
+use sqlx::{Connection, PgConnection};
+
+use crate::bench::latency::ACCOUNTS;
+use crate::bench::numbers::per_second;
+use crate::bench::percentiles::Delays;
+
+/// What a transaction does besides updating its row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extra {
+    /// Nothing.
+    Nothing,
+    /// It enqueues an event.
+    Enqueue,
+    /// It notifies those who listen.
+    Notify,
+}
+
+/// So many writers for so long: transactions a second, and how long each took.
+pub async fn play(
+    url: &str,
+    writers: usize,
+    extra: Extra,
+    duration: Duration,
+) -> anyhow::Result<(f64, Delays)> {
+    let mut connections = try_join_all((0..writers).map(|_| PgConnection::connect(url))).await?;
+    // Statements are prepared and pages are read before it counts.
+    try_join_all(connections.iter_mut().map(|connection| write(connection, extra, duration / 10))).await?;
+    let started = Instant::now();
+    let each = try_join_all(connections.iter_mut().map(|connection| write(connection, extra, duration))).await?;
+    let elapsed = started.elapsed();
+    let mut delays = Delays::new();
+    each.iter().for_each(|of_one| delays.add(of_one));
+    Ok((per_second(delays.count(), elapsed), delays))
+}
+
+/// So many transactions altogether, by a few writers.
+pub async fn transactions(url: &str, count: u64, extra: Extra) -> anyhow::Result<()> {
+    const WRITERS: u64 = 8;
+    let writers = (0..WRITERS).map(async |_| {
+        let mut connection = PgConnection::connect(url).await?;
+        for _ in 0..count / WRITERS {
+            transact(&mut connection, rand::rng().random_range(1..=ACCOUNTS), extra).await?;
+        }
+        anyhow::Ok(())
+    });
+    try_join_all(writers).await.map(drop)
+}
+
+async fn write(connection: &mut PgConnection, extra: Extra, duration: Duration) -> anyhow::Result<Delays> {
+    let mut delays = Delays::new();
+    let end = Instant::now() + duration;
+    while Instant::now() < end {
+        let account = rand::rng().random_range(1..=ACCOUNTS);
+        let started = Instant::now();
+        transact(connection, account, extra).await?;
+        delays.record(started.elapsed());
+    }
+    Ok(delays)
+}
+
+async fn transact(connection: &mut PgConnection, account: i32, extra: Extra) -> anyhow::Result<()> {
+    let mut tx = connection.begin().await?;
+    sqlx::query("update accounts set balance = balance + 1 where id = $1").bind(account).execute(&mut *tx).await?;
+    let key = format!("account:{account}:balance");
+    match extra {
+        Extra::Nothing => {}
+        Extra::Enqueue => {
+            let _receipt = outbox::enqueue(&mut tx, &Event::delete([key])?).await?;
+        }
+        Extra::Notify => {
+            sqlx::query("select pg_notify('changes', $1)").bind(key).execute(&mut *tx).await?;
+        }
+    }
+    Ok(tx.commit().await?)
+}
