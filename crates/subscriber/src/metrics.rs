@@ -6,6 +6,9 @@ macro_rules! metrics {
     ($($kind:ident $name:ident = $text:literal, $unit:ident, $help:literal;)*) => {
         $(#[doc = $help] pub const $name: &str = $text;)*
 
+        /// Every metric with its meaning, for the tables of the README.
+        pub const ALL: &[(&str, &str)] = &[$(($text, $help)),*];
+
         /// Tells the recorder what every metric means.
         pub fn describe() {
             $($kind!($name, Unit::$unit, $help);)*

@@ -7,4 +7,6 @@ mod basics;
 mod crashes;
 mod nats_faults;
 mod postgres_faults;
+mod readme;
 mod redis_faults;
+mod tidy;
