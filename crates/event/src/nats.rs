@@ -16,6 +16,12 @@ pub const DEAD_SUBJECTS: &str = "invalidation-dead.>";
 /// Where relays answer [`CoverageRequest`].
 pub const COVERAGE_SUBJECT: &str = "invalidation-relay.coverage";
 
+/// Where relays answer [`OutcomeRequest`].
+pub const OUTCOME_SUBJECT: &str = "invalidation-relay.outcome";
+
+/// Most transactions one [`OutcomeRequest`] may ask about; of more, the first so many are answered.
+pub const MAX_OUTCOMES: usize = 1_000;
+
 /// Header of a dead letter: why the message was set aside.
 pub const DEAD_REASON_HEADER: &str = "Invalidation-Dead-Reason";
 
@@ -49,6 +55,32 @@ pub struct CoverageReply {
     pub complete_since_us: Option<i64>,
     /// Everything published since is retained, and is published again whenever the stream turns out to lack it.
     pub retained_since_us: i64,
+}
+
+/// Asked by a subscriber that finds marks whose writer has left them behind: how did these transactions end?
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutcomeRequest {
+    /// Transaction ids (`xid8`), at most [`MAX_OUTCOMES`].
+    pub xids: Vec<u64>,
+}
+
+/// A relay's answer to [`OutcomeRequest`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutcomeReply {
+    /// One for each transaction, in the order of the request.
+    pub outcomes: Vec<Outcome>,
+}
+
+/// How a transaction ended, as a new snapshot sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// Every new snapshot sees what it wrote.
+    Committed,
+    /// No snapshot ever will.
+    Aborted,
+    /// Still open, or its commit is not visible yet.
+    InProgress,
 }
 
 #[cfg(test)]

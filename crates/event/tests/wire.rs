@@ -1,5 +1,7 @@
 //! The wire format: golden files per version, and properties that hold for any input.
 
+#![expect(clippy::unwrap_used, reason = "a failure in a test is a panic")]
+
 use std::time::Duration;
 
 use event::{CacheKey, Change, CommittedEvent, DecodeError, Envelope, EnvelopeWriter, EventId, Traceparent};

@@ -2,14 +2,19 @@
 
 pub mod backlog;
 mod claim;
+#[cfg(feature = "cache")]
+mod commit;
 pub mod dead_letters;
 pub mod diagnosis;
 mod enqueue;
 mod migrate;
+pub mod outcome;
 pub mod retention;
 pub mod testing;
 
 pub use claim::{Claim, ClaimOptions, Claimed, Poison, anything_waiting};
+#[cfg(feature = "cache")]
+pub use commit::{CommitError, CommitLimits, Committed, Marks, Writer};
 pub use enqueue::{EnqueueError, Receipt, Xid, enqueue, enqueue_all};
 pub use event::{CacheKey, Event, EventId, InvalidEvent, Topic, Traceparent};
 pub use migrate::{MigrateError, SchemaState, migrate, schema_state};

@@ -1,9 +1,13 @@
-//! Answers to what subscribers ask: from when on a stream is complete.
+//! Answers to what subscribers ask: from when on a stream is complete, and how transactions ended.
 
 use chrono::DateTime;
-use event::nats::{COVERAGE_SUBJECT, CoverageReply, CoverageRequest};
-use futures::StreamExt;
-use outbox::retention;
+use event::nats::{
+    COVERAGE_SUBJECT, CoverageReply, CoverageRequest, MAX_OUTCOMES, OUTCOME_SUBJECT, OutcomeReply,
+    OutcomeRequest,
+};
+use futures::{StreamExt, stream};
+use outbox::{Xid, outcome, retention};
+use serde_json::Value;
 use service::Shutdown;
 use service::nats::Nats;
 use sqlx::PgPool;
@@ -15,9 +19,11 @@ const QUEUE_GROUP: &str = "relay";
 /// again.
 ///
 /// # Errors
-/// If the subject cannot be subscribed to.
+/// If a subject cannot be subscribed to.
 pub async fn run(pool: PgPool, nats: Nats, shutdown: Shutdown) -> Result<(), async_nats::SubscribeError> {
-    let mut questions = nats.client.queue_subscribe(COVERAGE_SUBJECT, QUEUE_GROUP.to_owned()).await?;
+    let about_streams = nats.client.queue_subscribe(COVERAGE_SUBJECT, QUEUE_GROUP.to_owned()).await?;
+    let about_outcomes = nats.client.queue_subscribe(OUTCOME_SUBJECT, QUEUE_GROUP.to_owned()).await?;
+    let mut questions = stream::select(about_streams, about_outcomes);
     loop {
         let question = tokio::select! {
             () = shutdown.requested() => return Ok(()),
@@ -25,24 +31,38 @@ pub async fn run(pool: PgPool, nats: Nats, shutdown: Shutdown) -> Result<(), asy
         };
         let Some(question) = question else { return Ok(()) };
         let Some(reply_to) = question.reply else { continue };
-        match answer(&pool, &question.payload).await {
+        let subject = question.subject.as_str();
+        match answer(&pool, subject, &question.payload).await {
             Ok(reply) => {
-                let body = serde_json::to_vec(&reply).expect("plain data always serializes");
-                if let Err(error) = nats.client.publish(reply_to, body.into()).await {
+                if let Err(error) = nats.client.publish(reply_to, reply.to_string().into()).await {
                     tracing::warn!(%error, "could not answer a subscriber");
                 }
             }
-            Err(error) => tracing::warn!(%error, "could not answer a subscriber's question about the stream"),
+            Err(error) => {
+                tracing::warn!(error = format!("{error:#}"), subject, "could not answer a subscriber");
+            }
         }
     }
 }
 
-async fn answer(pool: &PgPool, question: &[u8]) -> anyhow::Result<CoverageReply> {
-    let question: CoverageRequest = serde_json::from_slice(question)?;
+async fn answer(pool: &PgPool, subject: &str, question: &[u8]) -> anyhow::Result<Value> {
+    let reply = match subject {
+        OUTCOME_SUBJECT => serde_json::to_value(outcomes(pool, serde_json::from_slice(question)?).await?),
+        _ => serde_json::to_value(coverage(pool, serde_json::from_slice(question)?).await?),
+    };
+    Ok(reply?)
+}
+
+async fn coverage(pool: &PgPool, question: CoverageRequest) -> anyhow::Result<CoverageReply> {
     let created = DateTime::from_timestamp_micros(question.stream_created_us).unwrap_or_default();
     let coverage = retention::coverage(pool, created).await?;
     Ok(CoverageReply {
         complete_since_us: coverage.complete_since.map(|time| time.timestamp_micros()),
         retained_since_us: coverage.retained_since.timestamp_micros(),
     })
+}
+
+async fn outcomes(pool: &PgPool, question: OutcomeRequest) -> anyhow::Result<OutcomeReply> {
+    let xids: Vec<Xid> = question.xids.into_iter().take(MAX_OUTCOMES).map(Xid).collect();
+    Ok(OutcomeReply { outcomes: outcome::outcomes(pool, &xids).await? })
 }

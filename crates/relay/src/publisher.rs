@@ -8,6 +8,8 @@ use event::nats::{STREAM, subject};
 use futures::{StreamExt, TryStreamExt, stream};
 use outbox::retention::Published;
 use service::nats::Nats;
+use service::trace;
+use tracing::{Instrument, Span};
 
 use crate::packing::Packed;
 
@@ -86,8 +88,17 @@ async fn publish_one(
         body: message.body,
         stream_seq: 0,
     };
-    let stream_seq = publish_again(jetstream, &published, timeout).await?;
+    let span = span(&published);
+    let stream_seq = publish_again(jetstream, &published, timeout).instrument(span).await?;
     Ok(Published { stream_seq, ..published })
+}
+
+/// The part of the writer's trace that happens here, if the message has one.
+fn span(published: &Published) -> Span {
+    let Some(traceparent) = &published.traceparent else { return Span::none() };
+    let span = tracing::info_span!("publish", subject = published.subject);
+    trace::parent_from(&span, traceparent);
+    span
 }
 
 /// Publishes a message as it stands and returns the sequence the stream gave it.
@@ -104,7 +115,9 @@ pub async fn publish_again(
         .message_id(&published.message_id)
         .header("Content-Type", Envelope::CONTENT_TYPE);
     if let Some(traceparent) = &published.traceparent {
-        message = message.header("traceparent", traceparent.as_str());
+        // With traces exported, the next part of the trace is a child of this one.
+        let parent = trace::current_traceparent().unwrap_or_else(|| traceparent.clone());
+        message = message.header("traceparent", parent.as_str());
     }
     let sent = jetstream.send_publish(published.subject.clone(), message).await;
     let ack = match sent {

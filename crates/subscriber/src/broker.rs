@@ -115,7 +115,7 @@ pub async fn consumer(
         durable_name: Some(durable.clone()),
         description: Some("Invalidates the keys of one cache".to_owned()),
         deliver_policy: since.map_or(DeliverPolicy::All, |start_time| DeliverPolicy::ByStartTime {
-            start_time: start_time.into(),
+            start_time,
         }),
         ack_policy: AckPolicy::Explicit,
         ack_wait: config.ack_wait,

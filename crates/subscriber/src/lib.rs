@@ -7,6 +7,7 @@ mod dead;
 pub mod metrics;
 pub mod position;
 pub mod replay;
+mod resolver;
 mod run;
 mod supervisor;
 mod worker;

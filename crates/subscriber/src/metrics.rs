@@ -28,6 +28,8 @@ metrics! {
     describe_counter REPLAYS = "subscriber_replays_total", Count, "Replays of the stream, by reason";
     describe_counter REPLAYED = "subscriber_replayed_messages_total", Count, "Messages applied again by replays";
     describe_counter GAPS = "subscriber_gaps_total", Count, "Times invalidations were missing from the stream for good, by policy";
+    describe_counter MARKS_RESOLVED = "subscriber_marks_resolved_total", Count, "Marks removed that their writers had left behind, by outcome of the transaction: committed or aborted";
+    describe_gauge ORPHAN_MARKS = "subscriber_orphan_marks", Count, "Marks of strict writes that are older than 5 s, up to 1000 per Redis server; their keys are not cached";
     describe_gauge PENDING = "subscriber_pending_messages", Count, "Messages in the stream that were not delivered yet";
     describe_gauge ACK_PENDING = "subscriber_ack_pending_messages", Count, "Messages that were delivered but not acknowledged";
     describe_gauge NATS_CONNECTED = "subscriber_nats_connected", Count, "1 while NATS is connected";

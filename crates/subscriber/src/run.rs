@@ -11,7 +11,7 @@ use tokio_util::task::TaskTracker;
 use crate::dead::DeadLetters;
 use crate::supervisor::Supervisor;
 use crate::worker::{self, Shared};
-use crate::{Config, broker};
+use crate::{Config, broker, resolver};
 
 /// Without a turn of its loop for this long a component is not ready. Waiting for messages is not silence.
 const STALL_AFTER: Duration = Duration::from_secs(30);
@@ -54,6 +54,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     for _ in 0..config.workers {
         tasks.spawn(worker::run(Arc::clone(&shared), health.component("apply", limits), shutdown.clone()));
     }
+    tasks.spawn(resolver::run(redis.clone(), nats.clone(), shutdown.clone()));
     let supervisor = Supervisor { nats, jetstream, redis, consumer: consumer_sender, config: config.clone() };
     let mut watch = tokio::spawn(supervisor.run(watching, shutdown.clone()));
     tasks.close();

@@ -27,6 +27,9 @@ const FETCH_BYTES: usize = 4 * 1024 * 1024;
 /// A batch is applied when it has this many keys, whatever else is ready.
 const BATCH_KEYS: usize = 20_000;
 
+/// Most spans opened for one message; the rest of a large batch is not worth its memory.
+const MAX_SPANS: usize = 16;
+
 /// How long a request for messages stays open on the server, and how often it says that it is alive.
 const FETCH_EXPIRES: Duration = Duration::from_secs(30);
 const FETCH_HEARTBEAT: Duration = Duration::from_secs(5);
@@ -160,18 +163,29 @@ impl Batch {
         self.events += envelope.events.len() as u64;
         envelope.events.iter().for_each(|event| self.work.add(event));
         self.oldest_us.extend(envelope.events.iter().map(|event| event.at_us).min());
-        self.spans.extend(span(&message));
+        self.spans.extend(spans(&message, envelope));
         self.messages.push(message);
     }
 }
 
-/// The part of the writer's trace that happens here, if it has one.
-fn span(message: &Message) -> Option<Span> {
-    let header = message.headers.as_ref()?.get("traceparent")?;
-    let traceparent = Traceparent::new(header.as_str()).ok()?;
-    let span = tracing::info_span!("invalidate", subject = %message.subject);
-    trace::parent_from(&span, traceparent.as_str());
-    Some(span)
+/// The parts of the writers' traces that happen here. The header of a message with one event names the relay's span; in a
+/// batch each event names its writer's.
+fn spans(message: &Message, envelope: &Envelope) -> Vec<Span> {
+    let header = message.headers.as_ref().and_then(|headers| headers.get("traceparent"));
+    let parents: Vec<Traceparent> = match header.and_then(|header| Traceparent::new(header.as_str()).ok()) {
+        Some(parent) => vec![parent],
+        None => {
+            envelope.events.iter().filter_map(|event| event.traceparent.clone()).take(MAX_SPANS).collect()
+        }
+    };
+    parents
+        .iter()
+        .map(|parent| {
+            let span = tracing::info_span!("invalidate", subject = %message.subject);
+            trace::parent_from(&span, parent.as_str());
+            span
+        })
+        .collect()
 }
 
 impl Shared {

@@ -1,6 +1,6 @@
 //! What the pair is for, without faults.
 
-use outbox::Event;
+use outbox::{Event, Topic, Traceparent};
 use tests::Pair;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -26,4 +26,43 @@ async fn rolled_back_event_is_never_published() {
     pair.enqueue(&["user:2"]).await.unwrap();
     pair.until_none("user:2").await;
     assert!(pair.is_cached("user:1").await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn topic_and_trace_of_the_writer_travel_with_the_event() {
+    let pair = Pair::start().await.unwrap();
+    let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let event = Event::delete(["order:7"])
+        .unwrap()
+        .with_topic(Topic::new("orders").unwrap())
+        .with_traceparent(Traceparent::new(trace).unwrap());
+    pair.fill("order:7").await.unwrap();
+    let mut tx = pair.pool.begin().await.unwrap();
+    let _ = outbox::enqueue(&mut tx, &event).await.unwrap();
+    tx.commit().await.unwrap();
+    pair.until_none("order:7").await;
+    let nats = async_nats::connect(pair.stack.nats_url()).await.unwrap();
+    let stream = async_nats::jetstream::new(nats).get_stream("INVALIDATIONS").await.unwrap();
+    let message = stream.get_last_raw_message_by_subject("invalidation.orders").await.unwrap();
+    assert_eq!(message.headers.get("traceparent").unwrap().as_str(), trace);
+    assert_eq!(message.headers.get("Nats-Msg-Id").unwrap().as_str(), event.id().to_string());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn any_language_can_enqueue_with_one_function_and_a_trigger_can_too() {
+    let pair = Pair::start().await.unwrap();
+    sqlx::raw_sql(
+        "create table users (id bigint primary key, name text);
+         create function forget_user() returns trigger language plpgsql as $$
+         begin perform outbox.enqueue(array['user:' || new.id]); return new; end $$;
+         create trigger forget_user after insert or update on users for each row execute function forget_user();",
+    )
+    .execute(&pair.pool)
+    .await
+    .unwrap();
+    pair.fill("user:7").await.unwrap();
+    pair.fill("user:8").await.unwrap();
+    pair.stack.postgres.query("insert into users values (7, 'Ada')").await.unwrap();
+    pair.stack.postgres.query("select outbox.enqueue(array['user:8'])").await.unwrap();
+    pair.until_none("user:*").await;
 }

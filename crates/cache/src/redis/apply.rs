@@ -119,10 +119,8 @@ fn updates<'a>(group: &'a Group<&Item>) -> impl Iterator<Item = (&'a Item, &'a U
 
 fn add_update(pipeline: &mut Pipeline, item: &Item, update: &Update, first: bool) {
     let key = &*item.key;
-    let call = APPLY.call_in(pipeline, first).arg(4);
-    call.arg(key).arg(guard(key)).arg(marks(key)).arg(stale(key));
-    call.arg(update.value.as_slice()).arg(update.version);
-    call.arg(milliseconds(update.ttl)).arg(milliseconds(MAX_STALE));
+    let call = APPLY.call_in(pipeline, first).arg(3).arg(key).arg(guard(key)).arg(marks(key));
+    call.arg(update.value.as_slice()).arg(update.version).arg(milliseconds(update.ttl));
 }
 
 fn add_look(pipeline: &mut Pipeline, shard: Shard) {

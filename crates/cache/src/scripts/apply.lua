@@ -1,5 +1,5 @@
 -- APPLY: a committed change of one key, with the new value.
--- KEYS: value, guard, marks, stale copy. ARGV: new value, its version, time to live in ms, longest stale time in ms.
+-- KEYS: value, guard, marks. ARGV: new value, its version, time to live in ms.
 -- Returns 1 if the value was replaced, 0 if the cached one is as new or newer, -1 if it acted as a delete.
 
 -- Versions exceed what a Lua number holds exactly; without sign or leading zero, longer is larger.
@@ -17,19 +17,12 @@ local function cached_version()
     return type(guard) == 'string' and string.match(guard, '^V(%d+)$') or nil
 end
 
--- Once it is superseded a stale copy lives no longer than readers may be served it.
-local function superseded()
-    if redis.call('PTTL', KEYS[4]) > tonumber(ARGV[4]) then redis.call('PEXPIRE', KEYS[4], ARGV[4]) end
-end
-
 local version = cached_version()
 if not version then
     redis.call('UNLINK', KEYS[2], KEYS[1])
-    superseded()
     return -1
 end
 if not older(version, ARGV[2]) then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
 redis.call('SET', KEYS[2], 'V' .. ARGV[2], 'PX', ARGV[3])
-superseded()
 return 1

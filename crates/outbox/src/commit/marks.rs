@@ -1,0 +1,88 @@
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use cache::{Redis, RedisError};
+use event::{CacheKey, Event};
+
+use crate::Xid;
+
+/// The marks of one transaction: the steps of [`Writer::commit_strict`](crate::Writer::commit_strict) one by one, for
+/// those who commit by other means.
+///
+/// Enqueue, [`set`](Self::set) as the last thing before `COMMIT`, then commit.
+///
+/// | What happened | What to do |
+/// |---|---|
+/// | `set` failed | roll back, then [`remove`](Self::remove) as far as possible |
+/// | committed or rolled back, surely | [`remove`](Self::remove) |
+/// | the answer to `COMMIT` did not arrive | nothing: event and resolver remove them when Postgres knows |
+///
+/// Dropping it removes nothing, which is always safe.
+#[derive(Debug, Clone)]
+pub struct Marks {
+    redis: Redis,
+    keys: Vec<CacheKey>,
+    xid: Xid,
+}
+
+impl Marks {
+    /// Prepares the marks for every key of `events`, which must be all events of transaction `xid`: see
+    /// [`Receipt::xid`](crate::Receipt::xid). Does nothing yet.
+    #[must_use]
+    pub fn new(redis: Redis, events: &[Event], xid: Xid) -> Self {
+        let distinct: BTreeSet<_> = events.iter().flat_map(Event::keys).collect();
+        Self { redis, keys: distinct.into_iter().cloned().collect(), xid }
+    }
+
+    /// Sets them, within `limit`. From its success on no reader finds a value of these keys, and none can be stored,
+    /// until the marks are removed.
+    ///
+    /// # Errors
+    /// Any [`RedisError`], and then the transaction must not commit. Marks may exist all the same, even later (a
+    /// request without an answer may still be carried out); they cost hits, until the resolver removes them.
+    pub async fn set(&self, limit: Duration) -> Result<(), RedisError> {
+        within(limit, async {
+            match self.redis.mark(&self.keys, self.xid.0).await {
+                // A connection that has died unnoticed, say by a restart of Redis, should not fail a write.
+                Err(error) if error.is_retryable() => self.redis.mark(&self.keys, self.xid.0).await,
+                marked => marked,
+            }
+        })
+        .await
+    }
+
+    /// Removes them, within `limit`, deleting the keys first. Only when the outcome of the transaction is known.
+    ///
+    /// # Errors
+    /// Any [`RedisError`]; the event of the transaction or the resolver removes what is left.
+    pub async fn remove(&self, limit: Duration) -> Result<(), RedisError> {
+        within(limit, self.redis.unmark(&self.keys, self.xid.0)).await.map(drop)
+    }
+
+    pub(super) fn keys(&self) -> &[CacheKey] {
+        &self.keys
+    }
+}
+
+pub(super) async fn within<T>(
+    limit: Duration,
+    request: impl Future<Output = Result<T, RedisError>>,
+) -> Result<T, RedisError> {
+    tokio::time::timeout(limit, request)
+        .await
+        .unwrap_or_else(|elapsed| Err(RedisError::Unavailable(Box::new(elapsed))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_key_of_every_event_is_marked_once() {
+        let redis = Redis::new(cache::RedisConfig::default()).unwrap();
+        let events = [Event::delete(["b", "a"]).unwrap(), Event::delete(["c", "a"]).unwrap()];
+        let marks = Marks::new(redis, &events, Xid(7));
+        let keys: Vec<_> = marks.keys().iter().map(CacheKey::as_str).collect();
+        assert_eq!(keys, ["a", "b", "c"]);
+    }
+}
