@@ -47,7 +47,8 @@ pub async fn run(redis: Redis, nats: Nats, shutdown: Shutdown) {
             Ok(()) => failing = false,
             Err(error) => {
                 if !std::mem::replace(&mut failing, true) {
-                    let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+                    let cause =
+                        std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
                     tracing::warn!(%error, cause, "cannot resolve marks; their keys are not cached until that works");
                 }
             }
@@ -70,10 +71,13 @@ async fn resolve(redis: &Redis, nats: &Nats) -> Result<(), ResolveError> {
     let xids: BTreeSet<u64> = orphans.iter().map(|(_, xid)| *xid).collect();
     let xids: Vec<u64> = xids.into_iter().take(MAX_OUTCOMES).collect();
     let outcomes = ask(nats, &xids).await?;
-    let ended = orphans.iter().filter_map(|(key, xid)| Some((key, *xid, name(*outcomes.get(xid)?)?)));
-    let removals = ended.map(|(key, xid, outcome)| remove(redis, key, xid, outcome));
-    stream::iter(removals).buffer_unordered(CONCURRENT_REMOVALS).try_collect::<()>().await?;
-    Ok(())
+    let mut removals = Vec::new();
+    for (key, xid) in orphans {
+        if let Some(outcome) = outcomes.get(&xid).copied().and_then(name) {
+            removals.push(remove(redis, key, xid, outcome));
+        }
+    }
+    stream::iter(removals).buffer_unordered(CONCURRENT_REMOVALS).try_collect::<()>().await
 }
 
 async fn ask(nats: &Nats, xids: &[u64]) -> Result<HashMap<u64, Outcome>, ResolveError> {
@@ -95,8 +99,8 @@ fn name(outcome: Outcome) -> Option<&'static str> {
     }
 }
 
-async fn remove(redis: &Redis, key: &CacheKey, xid: u64, outcome: &'static str) -> Result<(), ResolveError> {
-    redis.resolve(key, xid).await?;
+async fn remove(redis: &Redis, key: CacheKey, xid: u64, outcome: &'static str) -> Result<(), ResolveError> {
+    redis.resolve(&key, xid).await?;
     counter!(names::MARKS_RESOLVED, "outcome" => outcome).increment(1);
     tracing::debug!(%key, xid, outcome, "removed a mark that its writer left behind");
     Ok(())

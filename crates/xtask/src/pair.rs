@@ -35,14 +35,14 @@ impl Ground {
         Ok(Self { stack, pool, programs: programs.clone() })
     }
 
-    /// Runs `relay migrate` and returns what it says.
+    /// Runs `relay migrate` and returns what it says in the end.
     pub async fn migrate(&self) -> anyhow::Result<String> {
         let mut command = std::process::Command::new(&self.programs.relay);
         command.arg("migrate").env("DATABASE_URL", self.stack.postgres_url());
         let process = self.stack.spawn("relay-migrate", command)?;
         let status = process.wait_exit(MIGRATED).await?;
         ensure!(status.success(), "relay migrate failed ({status}): {}", process.log());
-        Ok(process.log().trim().to_owned())
+        Ok(process.log().trim().lines().last().unwrap_or_default().to_owned())
     }
 
     /// Starts a relay with more environment. Does not wait until it is ready.

@@ -9,4 +9,6 @@ mod nats_faults;
 mod postgres_faults;
 mod readme;
 mod redis_faults;
+mod resolver;
+mod strict;
 mod tidy;

@@ -6,6 +6,10 @@ use event::{CacheKey, Event};
 
 use crate::Xid;
 
+/// How often to try to mark. Connections that died unnoticed, as all do when Redis restarts, should not fail a write:
+/// one attempt more than a [`RedisConfig`](cache::RedisConfig) has by default.
+const ATTEMPTS: usize = 5;
+
 /// The marks of one transaction: the steps of [`Writer::commit_strict`](crate::Writer::commit_strict) one by one, for
 /// those who commit by other means.
 ///
@@ -42,10 +46,12 @@ impl Marks {
     /// request without an answer may still be carried out); they cost hits, until the resolver removes them.
     pub async fn set(&self, limit: Duration) -> Result<(), RedisError> {
         within(limit, async {
-            match self.redis.mark(&self.keys, self.xid.0).await {
-                // A connection that has died unnoticed, say by a restart of Redis, should not fail a write.
-                Err(error) if error.is_retryable() => self.redis.mark(&self.keys, self.xid.0).await,
-                marked => marked,
+            let mut more_attempts = ATTEMPTS - 1;
+            loop {
+                match self.redis.mark(&self.keys, self.xid.0).await {
+                    Err(error) if error.is_retryable() && more_attempts > 0 => more_attempts -= 1,
+                    marked => return marked,
+                }
             }
         })
         .await
@@ -57,10 +63,6 @@ impl Marks {
     /// Any [`RedisError`]; the event of the transaction or the resolver removes what is left.
     pub async fn remove(&self, limit: Duration) -> Result<(), RedisError> {
         within(limit, self.redis.unmark(&self.keys, self.xid.0)).await.map(drop)
-    }
-
-    pub(super) fn keys(&self) -> &[CacheKey] {
-        &self.keys
     }
 }
 
@@ -82,7 +84,7 @@ mod tests {
         let redis = Redis::new(cache::RedisConfig::default()).unwrap();
         let events = [Event::delete(["b", "a"]).unwrap(), Event::delete(["c", "a"]).unwrap()];
         let marks = Marks::new(redis, &events, Xid(7));
-        let keys: Vec<_> = marks.keys().iter().map(CacheKey::as_str).collect();
+        let keys: Vec<_> = marks.keys.iter().map(CacheKey::as_str).collect();
         assert_eq!(keys, ["a", "b", "c"]);
     }
 }

@@ -20,8 +20,8 @@ pub async fn play(timeline: &mut Timeline, stage: &Stage) -> anyhow::Result<()> 
     let at = committed.at;
     timeline.trouble(at.until(committed.began), "SIGKILL", "NATS");
     timeline.step(0.0, "COMMIT", &format!("{}; the transaction took {}", key(KEN), spoken(-at.until(committed.began))));
-    let reason = stage.relay.until_not_ready().await?;
-    timeline.step(at.elapsed(), "relay", &format!("not ready: {}", summary_of(&reason)));
+    let answer = stage.relay.until_not_ready().await?;
+    timeline.step(at.elapsed(), "relay", &format!("not ready: {}", first_reason(&answer)));
     tokio::time::sleep(OUTAGE).await;
     let waits = stage.waiting().await? == 1 && stage.cached(KEN).await?.is_some();
     timeline.check(waits, "the event waits in the outbox")?;
@@ -37,7 +37,10 @@ pub async fn play(timeline: &mut Timeline, stage: &Stage) -> anyhow::Result<()> 
     timeline.check(stage.cached(KEN).await?.is_none(), &format!("delivered {after} after NATS was back, nobody had to help"))
 }
 
-/// The first reason among those that the components give.
-fn summary_of(reason: &str) -> &str {
-    reason.lines().next().unwrap_or_default()
+/// The first reason among those that the components of a program give.
+fn first_reason(answer: &str) -> String {
+    let answer: serde_json::Value = serde_json::from_str(answer).unwrap_or_default();
+    let checks = answer["checks"].as_array().into_iter().flatten();
+    let reason = checks.filter_map(|check| check["reason"].as_str()).next();
+    reason.unwrap_or("no reason given").to_owned()
 }
