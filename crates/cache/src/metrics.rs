@@ -91,7 +91,7 @@ impl Leases {
     /// Counts the answer to one request for a lease.
     pub(crate) fn count(&self, acquired: &Acquired) {
         match acquired {
-            Acquired::Grant => self.grant.increment(1),
+            Acquired::Grant(_) => self.grant.increment(1),
             Acquired::Wait => self.wait.increment(1),
             Acquired::Bypass => self.bypass.increment(1),
             Acquired::Value(_) => self.value.increment(1),

@@ -22,7 +22,7 @@ use deadpool_redis::redis::{Cmd, ErrorKind, FromRedisValue, Pipeline, ServerErro
 
 pub use apply::Applied;
 pub use config::{RedisConfig, RedisTls};
-pub use lease::{Acquired, Fill, LeaseToken, MAX_STALE};
+pub use lease::{Acquired, Fill, LeaseId, LeaseToken, MAX_STALE};
 pub use server::EvictionPolicy;
 pub(crate) use values::Found;
 

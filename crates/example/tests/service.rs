@@ -1,5 +1,4 @@
 //! The service on real servers, as its clients see it.
-#![expect(clippy::unwrap_used, reason = "a failure in a test is a panic")]
 
 use std::net::SocketAddr;
 use std::process::Command;

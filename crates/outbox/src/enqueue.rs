@@ -1,3 +1,5 @@
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use event::{Change, Event, EventId};
 use sqlx::postgres::PgRow;
 use sqlx::{Postgres, Row, Transaction};
@@ -32,7 +34,9 @@ pub enum EnqueueError {
     #[error("the outbox is not installed in this database; run `relay migrate` on it")]
     NotInstalled(#[source] sqlx::Error),
     /// The role may not enqueue.
-    #[error("the role may not enqueue; grant it usage on schema outbox and execute on its enqueue functions")]
+    #[error(
+        "the role may not enqueue; grant it usage on schema outbox, and insert and select (id, xid, seq) on outbox.events"
+    )]
     NotPermitted(#[source] sqlx::Error),
     /// The database's own checks refuse the event.
     #[error("the database refuses the event")]
@@ -56,25 +60,36 @@ impl From<sqlx::Error> for EnqueueError {
     }
 }
 
+/// Whether statements may stay prepared on the connections of this process.
+static PREPARED: AtomicBool = AtomicBool::new(true);
+
+/// For a process that reaches Postgres through a pooler in transaction mode that does not know of prepared statements
+/// (PgBouncer before 1.21): call it once at the start. Statements are then sent whole each time, which costs a second
+/// round trip per call.
+pub fn without_prepared_statements() {
+    PREPARED.store(false, Ordering::Relaxed);
+}
+
 /// Records in the caller's transaction that the keys of `event` change when it commits. One statement.
-///
-/// Statements are not kept prepared: behind a transaction pooler the next one may run on another server connection.
 ///
 /// # Errors
 /// [`EnqueueError`]. Not cancel-safe: after a cancelled call roll the transaction back.
 pub async fn enqueue(tx: &mut Transaction<'_, Postgres>, event: &Event) -> Result<Receipt, EnqueueError> {
     let (value, version, ttl_ms) = update_columns(event.change());
-    let row = sqlx::query("select event_id, xid::text::bigint as xid, seq from outbox.enqueue($1, $2, $3, $4, $5, $6, $7)")
-        .persistent(false)
-        .bind(event.keys().iter().map(event::CacheKey::as_str).collect::<Vec<_>>())
-        .bind(event.topic().as_str())
-        .bind(value)
-        .bind(version)
-        .bind(ttl_ms)
-        .bind(event.traceparent().map(event::Traceparent::as_str))
-        .bind(event.id().0)
-        .fetch_one(&mut **tx)
-        .await?;
+    let row = sqlx::query(
+        "insert into outbox.events (keys, topic, value, version, ttl_ms, traceparent, id)
+         values ($1, $2, $3, $4, $5, $6, $7) returning id, xid::text::bigint, seq",
+    )
+    .persistent(PREPARED.load(Ordering::Relaxed))
+    .bind(event.keys().iter().map(event::CacheKey::as_str).collect::<Vec<_>>())
+    .bind(event.topic().as_str())
+    .bind(value)
+    .bind(version)
+    .bind(ttl_ms)
+    .bind(event.traceparent().map(event::Traceparent::as_str))
+    .bind(event.id().0)
+    .fetch_one(&mut **tx)
+    .await?;
     receipt(&row)
 }
 
@@ -91,21 +106,29 @@ pub async fn enqueue_all(
     }
     let mut columns = Columns::with_capacity(events.len());
     events.iter().for_each(|event| columns.push(event));
-    let rows = sqlx::query("select event_id, xid::text::bigint as xid, seq from outbox.enqueue_all($1, $2, $3, $4, $5, $6, $7)")
-        .persistent(false)
-        .bind(columns.ids)
-        .bind(columns.topics)
-        .bind(columns.keys)
-        .bind(columns.values)
-        .bind(columns.versions)
-        .bind(columns.ttls_ms)
-        .bind(columns.traceparents)
-        .fetch_all(&mut **tx)
-        .await?;
+    let rows = sqlx::query(
+        "insert into outbox.events (id, topic, keys, value, version, ttl_ms, traceparent)
+         select u.id, u.topic, u.keys::text[], u.value, u.version, u.ttl_ms, u.traceparent
+         from unnest($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::bigint[], $6::bigint[], $7::text[])
+             with ordinality as u (id, topic, keys, value, version, ttl_ms, traceparent, ordinal)
+         order by u.ordinal
+         returning id, xid::text::bigint, seq",
+    )
+    .persistent(PREPARED.load(Ordering::Relaxed))
+    .bind(columns.ids)
+    .bind(columns.topics)
+    .bind(columns.keys)
+    .bind(columns.values)
+    .bind(columns.versions)
+    .bind(columns.ttls_ms)
+    .bind(columns.traceparents)
+    .fetch_all(&mut **tx)
+    .await?;
     rows.iter().map(receipt).collect()
 }
 
-/// Events turned on their side, one array per column.
+/// Events turned on their side, one array per column; the keys of an event are an array literal, since Postgres cannot
+/// unnest arrays of arrays of different lengths.
 struct Columns<'a> {
     ids: Vec<Uuid>,
     topics: Vec<&'a str>,
@@ -153,11 +176,11 @@ pub(crate) fn update_columns(change: &Change) -> (Option<&[u8]>, Option<i64>, Op
 
 fn receipt(row: &PgRow) -> Result<Receipt, EnqueueError> {
     Ok(Receipt {
-        event_id: EventId(row.try_get("event_id")?),
+        event_id: EventId(row.try_get(0)?),
         // As `bigint`: sqlx would look up the unknown type `xid8` with a statement of its own, which replaces the
         // unnamed one that it has just prepared.
-        xid: Xid(row.try_get::<i64, _>("xid")?.cast_unsigned()),
-        seq: row.try_get("seq")?,
+        xid: Xid(row.try_get::<i64, _>(1)?.cast_unsigned()),
+        seq: row.try_get(2)?,
     })
 }
 

@@ -15,6 +15,6 @@ pub mod testing;
 pub use claim::{Claim, ClaimOptions, Claimed, Poison, anything_waiting};
 #[cfg(feature = "cache")]
 pub use commit::{CommitError, CommitLimits, Committed, Marks, Writer};
-pub use enqueue::{EnqueueError, Receipt, Xid, enqueue, enqueue_all};
+pub use enqueue::{EnqueueError, Receipt, Xid, enqueue, enqueue_all, without_prepared_statements};
 pub use event::{CacheKey, Event, EventId, InvalidEvent, Topic, Traceparent};
 pub use migrate::{MigrateError, SchemaState, migrate, schema_state};

@@ -1,5 +1,6 @@
 //! Measures the pair beside the raw limits of the same machine.
 
+mod account;
 mod claim;
 mod drain;
 mod events;
@@ -100,11 +101,16 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 fn run_in_release() -> anyhow::Result<ExitCode> {
     println!("Building the benchmarks in release; the first time this takes a few minutes.");
     let program = programs::build_self()?;
-    let status = Command::new(program).args(std::env::args_os().skip(1)).status().context("cannot start it")?;
+    let status =
+        Command::new(program).args(std::env::args_os().skip(1)).status().context("cannot start it")?;
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-async fn measure(programs: &Programs, wanted: &[Bench], scale: Scale) -> anyhow::Result<(String, Vec<Figure>)> {
+async fn measure(
+    programs: &Programs,
+    wanted: &[Bench],
+    scale: Scale,
+) -> anyhow::Result<(String, Vec<Figure>)> {
     let surroundings = surroundings::describe(programs).await?;
     let mut figures = Vec::new();
     for bench in wanted {

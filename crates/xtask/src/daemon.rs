@@ -77,7 +77,8 @@ impl Daemon {
     /// The sum of a metric over its labels, 0 if it has not been recorded yet.
     pub async fn metric(&self, name: &str) -> anyhow::Result<f64> {
         let (_, text) = self.get("/metrics").await?;
-        let of_metric = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']));
+        let of_metric =
+            |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']));
         let value = |line: &str| line.rsplit(' ').next()?.parse::<f64>().ok();
         Ok(text.lines().filter(of_metric).filter_map(value).sum())
     }

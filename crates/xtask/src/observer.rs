@@ -87,7 +87,12 @@ impl Memory {
     }
 
     /// Waits for the next deletion of a key that was deleted `before` times, and says when it happened.
-    pub async fn next_deletion(&self, key: &str, before: usize, deadline: Duration) -> anyhow::Result<Instant> {
+    pub async fn next_deletion(
+        &self,
+        key: &str,
+        before: usize,
+        deadline: Duration,
+    ) -> anyhow::Result<Instant> {
         let what = format!("{key} is deleted from Redis");
         wait::until(&what, deadline, async || Ok(self.deletions(key).get(before).copied())).await
     }

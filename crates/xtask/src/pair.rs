@@ -67,7 +67,8 @@ impl Ground {
     /// Waits until nothing is in the outbox.
     pub async fn until_outbox_empty(&self, deadline: Duration) -> anyhow::Result<()> {
         wait::until("the outbox is empty", deadline, async || {
-            let backlog = outbox::backlog::measure(&self.pool, 1).await.context("cannot count the backlog")?;
+            let backlog =
+                outbox::backlog::measure(&self.pool, 1).await.context("cannot count the backlog")?;
             Ok((backlog.events == 0).then_some(()))
         })
         .await

@@ -60,3 +60,17 @@ fn find(executables: &[PathBuf], name: &str) -> anyhow::Result<PathBuf> {
     let found = executables.iter().find(|file| file.file_stem().is_some_and(|stem| stem == name));
     found.cloned().with_context(|| format!("cargo built no program {name}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_are_found_in_what_cargo_says() {
+        let messages = "{\"reason\":\"compiler-artifact\",\"executable\":null}\nnot json\n\
+                        {\"reason\":\"compiler-artifact\",\"executable\":\"target/release/relay\"}";
+        let executables = executables(messages);
+        assert_eq!(find(&executables, "relay").unwrap(), Path::new("target/release/relay"));
+        assert!(find(&executables, "subscriber").is_err());
+    }
+}

@@ -111,3 +111,33 @@ impl Connection {
         Ok(line)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt as _;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn replies_of_every_kind_are_read() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            stream.write_all(b"+OK\r\n:7\r\n$-1\r\n*2\r\n$3\r\na\nb\r\n:1\r\n-ERR no\r\n").await.unwrap();
+            let mut request = Vec::new();
+            stream.read_to_end(&mut request).await.unwrap();
+            request
+        });
+        let mut connection = Connection::open(address).await.unwrap();
+        assert_eq!(connection.command(&["PING"]).await.unwrap(), Reply::Text("OK".to_owned()));
+        assert_eq!(connection.read().await.unwrap(), Reply::Integer(7));
+        assert_eq!(connection.read().await.unwrap(), Reply::Nil);
+        let array = vec![Reply::Text("a\nb".to_owned()), Reply::Integer(1)];
+        assert_eq!(connection.read().await.unwrap(), Reply::Array(array));
+        assert_eq!(connection.read().await.unwrap_err().to_string(), "Redis: ERR no");
+        drop(connection);
+        assert_eq!(server.await.unwrap(), b"*1\r\n$4\r\nPING\r\n");
+    }
+}

@@ -9,6 +9,9 @@ pub fn provide(wanted: &[Binary]) -> anyhow::Result<()> {
         return Ok(());
     }
     let names: Vec<&str> = missing.iter().map(|binary| binary.program()).collect();
-    eprintln!("Not found on this machine: {}. Installing with the system's package manager.", names.join(", "));
+    eprintln!(
+        "Not found on this machine: {}. Installing with the system's package manager.",
+        names.join(", ")
+    );
     devstack::install_missing()
 }

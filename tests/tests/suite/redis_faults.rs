@@ -26,6 +26,31 @@ async fn redis_down_and_back_loses_nothing_and_nothing_is_set_aside() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn subscriber_killed_while_redis_hangs_has_acknowledged_nothing() {
+    // Redis is the same afterwards, so no replay makes up for a message that was acknowledged too early.
+    let subscriber =
+        vec![("SUBSCRIBER_ACK_WAIT", "2s".to_owned()), ("SUBSCRIBER_REDIS_TIMEOUT", "500ms".to_owned())];
+    let pair = Pair::start_with(PairOptions { subscriber, ..Default::default() }).await.unwrap();
+    pair.fill_many("hang", 0..50).await.unwrap();
+    pair.enqueue(&["warm-up"]).await.unwrap();
+    pair.until_recorded().await;
+    pair.stack.redis.stop().unwrap();
+    for number in 0..50 {
+        pair.enqueue(&[&format!("hang:{number}")]).await.unwrap();
+    }
+    pair.until_outbox_empty().await;
+    eventually(Duration::from_secs(30), async || {
+        pair.subscriber.metric("subscriber_redis_failures_total").await.is_ok_and(|failures| failures >= 2.0)
+    })
+    .await;
+    pair.subscriber.process().kill().unwrap();
+    pair.stack.redis.resume().unwrap();
+    pair.subscriber.process().start().unwrap();
+    pair.until_none("hang:*").await;
+    assert!(!pair.subscriber.process().log().contains("replaying the stream"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn values_that_come_back_with_an_old_snapshot_are_removed_by_a_replay() {
     let pair = Pair::start().await.unwrap();
     pair.fill("untouched").await.unwrap();

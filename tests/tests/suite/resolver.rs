@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use cache::{Acquired, CacheConfig, LeaseToken};
+use cache::{Acquired, CacheConfig};
 use devstack::proxy::{FaultProxy, Mode};
 use devstack::{RedisOptions, StackOptions, eventually};
 use event::nats::Outcome;
@@ -12,7 +12,7 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::{PgPool, Postgres, Transaction};
 use tests::{Pair, PairOptions};
 
-use crate::strict::{KEY, MINUTE, acquire, events, fill, load, pair_with_user, read, rename};
+use crate::strict::{KEY, MINUTE, acquire, events, fill, grant, load, pair_with_user, read, rename};
 
 /// A mark is asked about when it is 5 s old; the rest is for a busy machine.
 const RESOLVED: Duration = Duration::from_secs(30);
@@ -36,14 +36,13 @@ async fn mark_of_a_writer_that_died_before_commit_is_resolved_and_the_key_can_be
 
     // As long as the transaction is open, nobody may remove its mark, however old.
     while marked.elapsed() < Duration::from_secs(9) {
-        assert_eq!(acquire(&redis, LeaseToken::generate()).await, Acquired::Bypass);
+        assert_eq!(acquire(&redis).await, Acquired::Bypass);
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     sqlx::query("select pg_terminate_backend($1)").bind(pid).execute(&pair.pool).await.unwrap();
     drop(tx);
-    let token = LeaseToken::generate();
-    eventually(RESOLVED, async || acquire(&redis, token).await == Acquired::Grant).await;
-    assert!(fill(&redis, token, &load(&pair.pool).await).await);
+    let lease = eventually(RESOLVED, async || grant(&redis).await).await;
+    assert!(fill(&redis, &lease, &load(&pair.pool).await).await);
     assert_eq!(pair.stack.redis.command(&["GET", KEY]).await.unwrap(), "old");
     eventually(RESOLVED, async || {
         let resolved = pair.subscriber.metric("subscriber_marks_resolved_total").await.unwrap();
@@ -75,7 +74,7 @@ async fn commit_without_an_answer_keeps_its_mark_until_it_is_visible() {
     let stalled = Instant::now();
     while stalled.elapsed() < Duration::from_secs(12) {
         assert_eq!(read(&cache, &pair.pool).await, "old");
-        assert_eq!(acquire(&redis, LeaseToken::generate()).await, Acquired::Bypass);
+        assert_eq!(acquire(&redis).await, Acquired::Bypass);
         assert!(!pair.is_cached(KEY).await.unwrap());
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
@@ -116,6 +115,11 @@ async fn outcome_is_what_new_snapshots_see() {
     xids.push(Xid(xids[2].0 + 1_000_000_000));
     let expected = [Outcome::Committed, Outcome::Aborted, Outcome::InProgress, Outcome::Aborted];
     assert_eq!(outcomes(pool, &xids).await.unwrap(), expected);
+
+    // Whatever a registry of marks may contain, it is answered.
+    let odd = [0, 1, 2, u64::MAX].map(Xid);
+    assert_eq!(outcomes(pool, &odd).await.unwrap()[3], Outcome::Aborted);
+    assert!(!outcomes(pool, &odd).await.unwrap().contains(&Outcome::InProgress));
 
     // A few ahead, as after a crash: another transaction will get this id, and whoever acted on `aborted` meanwhile
     // would remove its mark.

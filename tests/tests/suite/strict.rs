@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use cache::{Acquired, CacheConfig, Fill, LeaseToken, Redis, RedisConfig};
+use cache::{Acquired, CacheConfig, Fill, LeaseId, LeaseToken, Redis, RedisConfig};
+use devstack::eventually;
 use devstack::proxy::{FaultProxy, Mode};
 use outbox::{CacheKey, CommitError, CommitLimits, Event, Marks, Writer};
 use sqlx::{PgPool, Postgres, Transaction};
@@ -10,6 +11,7 @@ use tests::Pair;
 
 pub const KEY: &str = "user:1";
 pub const MINUTE: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(20);
 
 /// A pair with one user, whose cached value is the name.
 pub async fn pair_with_user() -> Pair {
@@ -38,13 +40,18 @@ pub fn key() -> CacheKey {
     CacheKey::new(KEY).unwrap()
 }
 
-pub async fn acquire(redis: &Redis, token: LeaseToken) -> Acquired {
-    redis.acquire(&key(), token, MINUTE, false).await.unwrap()
+pub async fn acquire(redis: &Redis) -> Acquired {
+    redis.acquire(&key(), LeaseToken::generate(), MINUTE, false).await.unwrap()
 }
 
-pub async fn fill(redis: &Redis, token: LeaseToken, value: &str) -> bool {
+/// Leave to fill, if it is given.
+pub async fn grant(redis: &Redis) -> Option<LeaseId> {
+    if let Acquired::Grant(lease) = acquire(redis).await { Some(lease) } else { None }
+}
+
+pub async fn fill(redis: &Redis, lease: &LeaseId, value: &str) -> bool {
     let fill = Fill { value: value.as_bytes(), ttl: MINUTE, version: None, keep_stale_copy: false };
-    redis.fill(&key(), token, fill).await.unwrap()
+    redis.fill(&key(), lease, fill).await.unwrap()
 }
 
 /// What a reader gets, and leaves behind in the cache.
@@ -55,7 +62,7 @@ pub async fn read(cache: &cache::Cache, pool: &PgPool) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn strict_commit_removes_the_key_before_it_returns_and_voids_loads_in_flight() {
+async fn strict_commit_removes_the_key_before_it_returns() {
     let pair = pair_with_user().await;
     // Nobody else invalidates here: what the writer itself does must be enough.
     pair.relay.process().terminate().await.unwrap();
@@ -69,16 +76,6 @@ async fn strict_commit_removes_the_key_before_it_returns_and_voids_loads_in_flig
     assert!(committed.finished && committed.receipts.len() == 1);
     assert!(!pair.is_cached(KEY).await.unwrap());
     assert_eq!(read(&cache, &pair.pool).await, "new");
-
-    let tx = rename(&pair.pool, "newer").await;
-    redis.invalidate(&[key()]).await.unwrap();
-    let straddling = LeaseToken::generate();
-    assert_eq!(acquire(&redis, straddling).await, Acquired::Grant);
-    let loaded = load(&pair.pool).await;
-    assert_eq!(loaded, "new");
-    Writer::new(redis.clone()).commit_strict(tx, &events()).await.unwrap();
-    assert!(!fill(&redis, straddling, &loaded).await, "a value from before the commit was stored after it");
-    assert_eq!(read(&cache, &pair.pool).await, "newer");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -86,6 +83,8 @@ async fn no_reader_can_fill_at_any_point_between_mark_and_unmark() {
     let pair = pair_with_user().await;
     pair.relay.process().terminate().await.unwrap();
     let redis = pair.cache().unwrap();
+    let early = grant(&redis).await.unwrap();
+    let old = load(&pair.pool).await;
     pair.fill(KEY).await.unwrap();
     let mut tx = rename(&pair.pool, "new").await;
     let events = events();
@@ -94,20 +93,58 @@ async fn no_reader_can_fill_at_any_point_between_mark_and_unmark() {
 
     marks.set(MINUTE).await.unwrap();
     assert!(!pair.is_cached(KEY).await.unwrap());
-    let before_commit = LeaseToken::generate();
-    assert_eq!(acquire(&redis, before_commit).await, Acquired::Bypass);
-    let old = load(&pair.pool).await;
+    assert_eq!(acquire(&redis).await, Acquired::Bypass);
     tx.commit().await.unwrap();
-    let after_commit = LeaseToken::generate();
-    assert_eq!(acquire(&redis, after_commit).await, Acquired::Bypass);
+    assert_eq!(acquire(&redis).await, Acquired::Bypass);
+    assert!(!fill(&redis, &early, &old).await, "a load from before the mark was stored");
     marks.remove(MINUTE).await.unwrap();
-    assert!(!fill(&redis, before_commit, &old).await);
-    assert!(!fill(&redis, after_commit, &old).await);
+    assert!(!fill(&redis, &early, &old).await, "a load from before the mark was stored");
 
-    let fresh = LeaseToken::generate();
-    assert_eq!(acquire(&redis, fresh).await, Acquired::Grant);
-    assert!(fill(&redis, fresh, &load(&pair.pool).await).await);
+    let fresh = grant(&redis).await.unwrap();
+    assert!(fill(&redis, &fresh, &load(&pair.pool).await).await);
     assert_eq!(pair.stack.redis.command(&["GET", KEY]).await.unwrap(), "new");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strict_commit_lets_no_old_value_in_from_before_the_commit_until_it_returns() {
+    let pair = pair_with_user().await;
+    pair.relay.process().terminate().await.unwrap();
+    let sql = "create function wait() returns trigger language plpgsql as
+               $$ begin perform pg_advisory_xact_lock(7); return null; end $$;
+               create constraint trigger wait after update on users deferrable initially deferred
+               for each row execute function wait();";
+    sqlx::raw_sql(sql).execute(&pair.pool).await.unwrap();
+    let proxy = FaultProxy::start(pair.stack.redis.address()).await.unwrap();
+    let url = pair.stack.redis.url_through(&proxy);
+    let limits = CommitLimits { finish: MINUTE, ..Default::default() };
+    let writer = Writer::with_limits(Redis::new(RedisConfig { url, ..Default::default() }).unwrap(), limits);
+    let redis = pair.cache().unwrap();
+    let cache = cache::Cache::new(redis.clone(), CacheConfig::default());
+
+    let straddling = grant(&redis).await.unwrap();
+    let old = load(&pair.pool).await;
+    // COMMIT takes as long as this lock is held.
+    let mut barrier = pair.pool.begin().await.unwrap();
+    sqlx::query("select pg_advisory_xact_lock(7)").execute(&mut *barrier).await.unwrap();
+    let tx = rename(&pair.pool, "new").await;
+    let write = tokio::spawn(async move { writer.commit_strict(tx, &events()).await });
+    eventually(SOON, async || acquire(&redis).await == Acquired::Bypass).await;
+    assert!(!fill(&redis, &straddling, &old).await, "a load from before the mark was stored");
+    assert_eq!(read(&cache, &pair.pool).await, "old");
+    assert!(!pair.is_cached(KEY).await.unwrap());
+
+    // Committed and visible, but the writer is held up before it can unmark.
+    proxy.set_mode(Mode::Stall);
+    barrier.rollback().await.unwrap();
+    eventually(SOON, async || load(&pair.pool).await == "new").await;
+    assert_eq!(acquire(&redis).await, Acquired::Bypass);
+    assert_eq!(read(&cache, &pair.pool).await, "new");
+    assert!(!pair.is_cached(KEY).await.unwrap());
+
+    proxy.set_mode(Mode::Pass);
+    assert!(write.await.unwrap().unwrap().finished);
+    assert_eq!(read(&cache, &pair.pool).await, "new");
+    assert!(pair.is_cached(KEY).await.unwrap());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -139,6 +176,29 @@ async fn write_that_cannot_be_marked_rolls_back_in_bounded_time_and_changes_noth
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn connections_that_no_longer_answer_are_replaced_although_writes_wait_less_long_than_that_takes() {
+    let pair = pair_with_user().await;
+    let redis = pair.stack.redis.address();
+    let hole = FaultProxy::start(redis).await.unwrap();
+    let proxy = FaultProxy::start(hole.addr()).await.unwrap();
+    let url = pair.stack.redis.url_through(&proxy);
+    let config =
+        RedisConfig { url, pool_size: 1, response_timeout: Duration::from_secs(2), ..Default::default() };
+    let limits = CommitLimits { mark: Duration::from_millis(200), ..Default::default() };
+    let writer = Writer::with_limits(Redis::new(config).unwrap(), limits);
+    writer.commit_strict(rename(&pair.pool, "new").await, &events()).await.unwrap();
+    // From now on whatever is sent on the present connection is lost, and nothing says so.
+    hole.set_mode(Mode::DropToServer);
+    proxy.set_upstream(redis);
+    writer.commit_strict(rename(&pair.pool, "lost").await, &events()).await.unwrap_err();
+    eventually(SOON, async || {
+        writer.commit_strict(rename(&pair.pool, "newer").await, &events()).await.map(drop)
+    })
+    .await;
+    assert_eq!(load(&pair.pool).await, "newer");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn commit_refused_by_a_deferred_constraint_is_rolled_back_and_leaves_no_mark() {
     let pair = pair_with_user().await;
     let sql = "create table orders (id bigint references users deferrable initially deferred)";
@@ -150,10 +210,7 @@ async fn commit_refused_by_a_deferred_constraint_is_rolled_back_and_leaves_no_ma
     assert!(matches!(error, CommitError::Refused(_)), "{error:?}");
     assert_eq!(load(&pair.pool).await, "old");
     // Sooner than the resolver would.
-    devstack::eventually(Duration::from_secs(4), async || {
-        acquire(&redis, LeaseToken::generate()).await == Acquired::Grant
-    })
-    .await;
+    eventually(Duration::from_secs(4), async || grant(&redis).await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,7 +8,7 @@ use event::CacheKey;
 use super::flight::{Landing, Leader};
 use super::{Cache, Options, Shared};
 use crate::codec::Codec;
-use crate::{Fill, LeaseToken};
+use crate::{Fill, LeaseId, LeaseToken};
 
 /// What a loader found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,16 +33,16 @@ impl<T> Loaded<T> {
     }
 }
 
-/// A lease, from the moment it is asked for. Dropped while it may be held, it is given back: by a loader that failed, by a
-/// caller that lost interest, after an answer that came too late.
-pub(super) struct Lease<'a> {
+/// A request for a lease, from the moment it is sent. Dropped while the lease may be held, it gives that back: by a loader
+/// that failed, by a caller that lost interest, after an answer that came too late.
+pub(super) struct LeaseRequest<'a> {
     cache: &'a Cache,
     key: &'a CacheKey,
     token: LeaseToken,
     perhaps_held: bool,
 }
 
-impl<'a> Lease<'a> {
+impl<'a> LeaseRequest<'a> {
     pub(super) fn new(cache: &'a Cache, key: &'a CacheKey, token: LeaseToken) -> Self {
         Self { cache, key, token, perhaps_held: true }
     }
@@ -52,24 +52,39 @@ impl<'a> Lease<'a> {
         self.perhaps_held = false;
     }
 
-    /// The key, for a fill together with others.
-    pub(super) fn used_for_many(mut self) -> &'a CacheKey {
-        self.perhaps_held = false;
-        self.key
+    /// It was granted under this name.
+    pub(super) fn granted(self, id: LeaseId) -> Lease<'a> {
+        Lease { request: self, id }
+    }
+}
+
+/// A lease that was granted. Dropped without a fill, it is given back.
+pub(super) struct Lease<'a> {
+    request: LeaseRequest<'a>,
+    id: LeaseId,
+}
+
+impl<'a> Lease<'a> {
+    /// The key and the lease's name, for a fill together with others.
+    pub(super) fn used_for_many(self) -> (&'a CacheKey, LeaseId) {
+        let key = self.request.key;
+        self.request.forget();
+        (key, self.id)
     }
 
     /// Offers a value. If it was stored, says when it was sent.
-    async fn fill(mut self, fill: Fill<'_>) -> Option<Instant> {
-        self.perhaps_held = false;
-        let Shared { reads, meters, .. } = &*self.cache.shared;
+    async fn fill(self, fill: Fill<'_>) -> Option<Instant> {
+        let LeaseRequest { cache, key, .. } = self.request;
+        self.request.forget();
+        let Shared { reads, meters, .. } = &*cache.shared;
         let sent = Instant::now();
-        let stored = self.cache.ask(reads.fill(self.key, self.token, fill)).await;
+        let stored = cache.ask(reads.fill(key, &self.id, fill)).await;
         meters.fills.count(stored);
         (stored == Some(true)).then_some(sent)
     }
 }
 
-impl Drop for Lease<'_> {
+impl Drop for LeaseRequest<'_> {
     fn drop(&mut self) {
         if let (true, Ok(runtime)) = (self.perhaps_held, tokio::runtime::Handle::try_current()) {
             let (cache, key, token) = (self.cache.clone(), self.key.clone(), self.token);

@@ -7,7 +7,7 @@ use event::CacheKey;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::load::Lease;
+use super::load::{Lease, LeaseRequest};
 use super::{Cache, Options};
 use crate::codec::{Codec, Json};
 use crate::{Acquired, Fill, LeaseToken};
@@ -130,9 +130,8 @@ impl Cache {
         F: FnOnce(Vec<&'k K>) -> Fut,
         Fut: Future<Output = Result<HashMap<String, T>, E>>,
     {
-        let token = LeaseToken::generate();
         let keys: Vec<Option<CacheKey>> = wanted.iter().map(|one| one.cacheable.clone()).collect();
-        let leases = self.acquire_missing(wanted, &keys, options, token).await;
+        let leases = self.acquire_missing(wanted, &keys, options).await;
         let missing: Vec<usize> = (0..wanted.len()).filter(|&at| wanted[at].value.is_none()).collect();
         if missing.is_empty() {
             return Ok(());
@@ -141,7 +140,7 @@ impl Cache {
         for at in missing {
             wanted[at].value = Some(loaded.remove(wanted[at].key.as_ref()));
         }
-        self.fill_loaded(wanted, leases, options, token).await;
+        self.fill_loaded(wanted, leases, options).await;
         Ok(())
     }
 
@@ -151,7 +150,6 @@ impl Cache {
         wanted: &mut [Wanted<'_, K, T>],
         keys: &'a [Option<CacheKey>],
         options: &Options<C>,
-        token: LeaseToken,
     ) -> Vec<(usize, Lease<'a>)> {
         let missing: Vec<(usize, &CacheKey)> = keys
             .iter()
@@ -162,21 +160,23 @@ impl Cache {
         if missing.is_empty() {
             return Vec::new();
         }
-        let held: Vec<_> = missing.iter().map(|&(at, key)| (at, Lease::new(self, key, token))).collect();
+        let token = LeaseToken::generate();
+        let requests: Vec<_> =
+            missing.iter().map(|&(at, key)| (at, LeaseRequest::new(self, key, token))).collect();
         let asked: Vec<_> = missing.iter().map(|&(at, key)| (key, wanted[at].unusable)).collect();
         let lease = self.shared.config.lease;
         let acquired =
             self.ask(self.shared.reads.acquire_many(&asked, token, lease)).await.unwrap_or_default();
         let mut leases = Vec::new();
-        for ((at, lease), acquired) in held.into_iter().zip(acquired) {
+        for ((at, request), acquired) in requests.into_iter().zip(acquired) {
             self.shared.meters.leases.count(&acquired);
             match acquired {
-                Acquired::Grant => leases.push((at, lease)),
+                Acquired::Grant(id) => leases.push((at, request.granted(id))),
                 Acquired::Value(bytes) => {
-                    lease.forget();
+                    request.forget();
                     wanted[at].value = options.codec.decode(&bytes).ok();
                 }
-                Acquired::Wait | Acquired::Bypass => lease.forget(),
+                Acquired::Wait | Acquired::Bypass => request.forget(),
             }
         }
         leases
@@ -188,7 +188,6 @@ impl Cache {
         wanted: &[Wanted<'_, K, T>],
         leases: Vec<(usize, Lease<'_>)>,
         options: &Options<C>,
-        token: LeaseToken,
     ) {
         let mut encoded = Vec::with_capacity(leases.len());
         for (at, lease) in leases {
@@ -196,17 +195,20 @@ impl Cache {
             if let Some(bytes) = bytes
                 && let Some(ttl) = self.storable_for(options, &bytes)
             {
-                encoded.push((lease.used_for_many(), bytes, ttl));
+                let (key, id) = lease.used_for_many();
+                encoded.push((key, id, bytes, ttl));
             }
         }
         let fills: Vec<_> = encoded
             .iter()
-            .map(|(key, value, ttl)| (*key, Fill { value, ttl: *ttl, version: None, keep_stale_copy: false }))
+            .map(|(key, id, value, ttl)| {
+                (*key, id, Fill { value, ttl: *ttl, version: None, keep_stale_copy: false })
+            })
             .collect();
         if fills.is_empty() {
             return;
         }
-        let stored = self.ask(self.shared.reads.fill_many(&fills, token)).await;
+        let stored = self.ask(self.shared.reads.fill_many(&fills)).await;
         for nth in 0..fills.len() {
             let stored = stored.as_ref().map(|stored| stored.get(nth).copied().unwrap_or(false));
             self.shared.meters.fills.count(stored);

@@ -6,7 +6,7 @@ use event::CacheKey;
 use tokio::time::{sleep, timeout_at};
 
 use super::flight::{Landing, Leader, Role};
-use super::load::{Lease, Loaded};
+use super::load::{Lease, LeaseRequest, Loaded};
 use super::{Cache, Options};
 use crate::codec::Codec;
 use crate::{Acquired, LeaseToken};
@@ -102,19 +102,19 @@ impl Cache {
         let mut poll = FIRST_POLL;
         loop {
             let asked = Instant::now();
-            let lease = Lease::new(self, key, token);
+            let request = LeaseRequest::new(self, key, token);
             let acquired = self.ask(self.shared.reads.acquire(key, token, config.lease, unusable)).await;
             if let Some(acquired) = &acquired {
                 self.shared.meters.leases.count(acquired);
             }
             let refused = match acquired {
-                Some(Acquired::Grant) => return Course::Load(leader, Some(lease)),
+                Some(Acquired::Grant(id)) => return Course::Load(leader, Some(request.granted(id))),
                 None => return Course::Load(leader, None),
                 Some(refused) => refused,
             };
-            lease.forget();
+            request.forget();
             match refused {
-                Acquired::Grant | Acquired::Bypass => return Course::Load(leader, None),
+                Acquired::Grant(_) | Acquired::Bypass => return Course::Load(leader, None),
                 Acquired::Value(bytes) => {
                     if let Ok(value) = options.codec.decode(&bytes) {
                         leader.land(Landing::Value { bytes: bytes.into(), for_readers_before: asked });

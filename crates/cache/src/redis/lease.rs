@@ -17,7 +17,7 @@ use crate::slot::slot_of;
 /// the system agree on it, so a copy's remaining time to live tells how long ago its value was invalidated.
 pub const MAX_STALE: Duration = Duration::from_secs(60);
 
-/// Names the holder of a lease. Made by chance, never twice.
+/// Names a reader that asks for leases. Made by chance, never twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LeaseToken(u128);
 
@@ -35,11 +35,22 @@ impl std::fmt::Display for LeaseToken {
     }
 }
 
+/// Names one lease: the token of its reader and what Redis added when it granted it. A request for a lease that arrives
+/// twice gets the same lease as long as that is alive, and never its name after that.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeaseId(String);
+
+impl std::fmt::Display for LeaseId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 /// What a reader that missed may do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Acquired {
     /// Load the value and fill it; nobody else may until the lease ends.
-    Grant,
+    Grant(LeaseId),
     /// Somebody else is loading it.
     Wait,
     /// A transaction is about to change the key: load it, do not fill it.
@@ -95,22 +106,21 @@ impl Redis {
     ///
     /// # Errors
     /// Any [`RedisError`]; the value may have been stored.
-    pub async fn fill(&self, key: &CacheKey, token: LeaseToken, fill: Fill<'_>) -> Result<bool, RedisError> {
-        self.call(&FILL, &self.fill_arguments(key, token, fill)).await
+    pub async fn fill(&self, key: &CacheKey, lease: &LeaseId, fill: Fill<'_>) -> Result<bool, RedisError> {
+        self.call(&FILL, &self.fill_arguments(key, lease, fill)).await
     }
 
     /// As [`fill`](Self::fill) for many keys in one round trip per server. Answers are in the order of the keys.
     pub(crate) async fn fill_many(
         &self,
-        fills: &[(&CacheKey, Fill<'_>)],
-        token: LeaseToken,
+        fills: &[(&CacheKey, &LeaseId, Fill<'_>)],
     ) -> Result<Vec<bool>, RedisError> {
         let arguments =
-            fills.iter().map(|(key, fill)| (key.as_str(), self.fill_arguments(key, token, *fill)));
+            fills.iter().map(|&(key, lease, fill)| (key.as_str(), self.fill_arguments(key, lease, fill)));
         self.call_many(&FILL, arguments).await?.into_iter().map(read).collect()
     }
 
-    /// Gives a lease back without filling.
+    /// Gives back, without filling, the lease of `key` that this token was granted, if it was.
     ///
     /// # Errors
     /// Any [`RedisError`]; the lease ends by itself.
@@ -119,10 +129,10 @@ impl Redis {
         self.call::<Value>(&RELEASE, &arguments).await.map(drop)
     }
 
-    fn fill_arguments<'a>(&self, key: &'a CacheKey, token: LeaseToken, fill: Fill<'a>) -> FillArguments<'a> {
+    fn fill_arguments<'a>(&self, key: &'a CacheKey, lease: &'a LeaseId, fill: Fill<'a>) -> FillArguments<'a> {
         let key = key.as_str();
         let shard = if self.is_cluster() { Shard::Slot(slot_of(key.as_bytes())) } else { Shard::Server };
-        FillArguments { key, shard, token, fill }
+        FillArguments { key, shard, lease, fill }
     }
 }
 
@@ -144,15 +154,15 @@ impl ToRedisArgs for AcquireArguments<'_> {
 struct FillArguments<'a> {
     key: &'a str,
     shard: Shard,
-    token: LeaseToken,
+    lease: &'a LeaseId,
     fill: Fill<'a>,
 }
 
 impl ToRedisArgs for FillArguments<'_> {
     fn write_redis_args<W: ?Sized + RedisWrite>(&self, out: &mut W) {
-        let Self { key, shard, token, fill } = self;
+        let Self { key, shard, lease, fill } = self;
         (4, key, guard(key), stale(key), shard.has_stale_copies()).write_redis_args(out);
-        (token.to_string(), fill.value, milliseconds(fill.ttl)).write_redis_args(out);
+        (&lease.0, fill.value, milliseconds(fill.ttl)).write_redis_args(out);
         match fill.version {
             Some(version) => version.write_redis_args(out),
             None => "".write_redis_args(out),
@@ -178,7 +188,10 @@ impl ToRedisArgs for ReleaseArguments<'_> {
 fn read_acquired(answer: Value) -> Result<Acquired, RedisError> {
     let mut parts = read::<Vec<Vec<u8>>>(answer)?.into_iter();
     match (parts.next().as_deref(), parts.next()) {
-        (Some(b"GRANT"), None) => Ok(Acquired::Grant),
+        (Some(b"GRANT"), Some(lease)) => match String::from_utf8(lease) {
+            Ok(lease) => Ok(Acquired::Grant(LeaseId(lease))),
+            Err(_) => Err(RedisError::unexpected("ACQUIRE has granted a lease with no such name")),
+        },
         (Some(b"WAIT"), None) => Ok(Acquired::Wait),
         (Some(b"BYPASS"), None) => Ok(Acquired::Bypass),
         (Some(b"VALUE"), Some(value)) => Ok(Acquired::Value(value)),

@@ -1,6 +1,6 @@
 -- FILL: a reader stores what it loaded, if nothing has invalidated the key since its lease was granted.
 -- KEYS: value, guard, stale copy, "has stale copies".
--- ARGV: token, value, time to live in ms, version or '', time to live of the stale copy in ms or ''.
+-- ARGV: lease, value, time to live in ms, version or '', time to live of the stale copy in ms or ''.
 -- Returns 1 if stored, 0 if refused.
 
 if redis.pcall('GET', KEYS[2]) ~= 'L' .. ARGV[1] then return 0 end

@@ -9,7 +9,7 @@ mod real;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
-use crate::key::{Acquired, KeyState, Updated};
+use crate::key::{Acquired, KeyState, Lease, Updated};
 use crate::protocol::Protocol;
 use crate::scenario::Change;
 use real::Real;
@@ -23,12 +23,13 @@ const STEPS_PER_STATE: usize = 4;
 /// numbers as in the model.
 #[derive(Clone, Copy, Debug)]
 pub enum Step {
+    /// If it is granted, the lease is this one from now on.
     Acquire {
-        token: u8,
+        lease: Lease,
         unusable: bool,
     },
     Fill {
-        token: u8,
+        lease: Lease,
         value: u8,
         version: Option<u8>,
     },
@@ -73,11 +74,11 @@ pub enum Answer {
 /// Takes a step on the model.
 fn take(key: &mut KeyState, rules: &Protocol, step: Step) -> Answer {
     match step {
-        Step::Acquire { token, unusable } => {
-            return Answer::Acquired(key.acquire(rules, token, unusable));
+        Step::Acquire { lease, unusable } => {
+            return Answer::Acquired(key.acquire(rules, lease.token, lease.nth, unusable));
         }
-        Step::Fill { token, value, version } => {
-            return Answer::Stored(key.fill(rules, token, real::content(value), version));
+        Step::Fill { lease, value, version } => {
+            return Answer::Stored(key.fill(rules, lease, real::content(value), version));
         }
         Step::Release { token } => key.release(token),
         Step::Invalidate => key.invalidate(rules),
@@ -119,7 +120,7 @@ fn unmark(key: &mut KeyState, rules: &Protocol, of: u8) {
 }
 
 /// Takes the same random steps on a model with these rules and on the server, and tells where they first differ.
-async fn first_difference(real: &Real, rules: Protocol, seed: u64) -> Option<String> {
+async fn first_difference(real: &mut Real, rules: Protocol, seed: u64) -> Option<String> {
     let mut random = StdRng::seed_from_u64(seed);
     let mut model = KeyState::default();
     for nth in 0..STEPS {
@@ -144,7 +145,7 @@ async fn first_difference(real: &Real, rules: Protocol, seed: u64) -> Option<Str
 async fn model_and_redis_do_the_same_on_random_states() {
     let seed: u64 = rand::random();
     println!("seed {seed}, {STEPS} steps");
-    let difference = first_difference(&Real::start().await, Protocol::SOUND, seed).await;
+    let difference = first_difference(&mut Real::start().await, Protocol::SOUND, seed).await;
     assert_eq!(difference, None, "seed {seed}");
 }
 
@@ -158,11 +159,12 @@ async fn a_model_with_other_rules_is_told_from_redis() {
         Protocol { delete_spares_marks: false, ..sound },
         Protocol { update_needs_known_version: false, ..sound },
         Protocol { acquire_respects_marks: false, ..sound },
+        Protocol { server_names_leases: false, ..sound },
         Protocol { fill_checks_lease: false, ..sound },
     ];
     let seed: u64 = rand::random();
-    let real = Real::start().await;
+    let mut real = Real::start().await;
     for rules in others {
-        assert!(first_difference(&real, rules, seed).await.is_some(), "seed {seed}: {rules:?}");
+        assert!(first_difference(&mut real, rules, seed).await.is_some(), "seed {seed}: {rules:?}");
     }
 }

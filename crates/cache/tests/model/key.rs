@@ -6,14 +6,23 @@
 use crate::protocol::Protocol;
 use crate::transactions::Transactions;
 
+/// A lease.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Lease {
+    /// The token of its reader.
+    pub token: u8,
+    /// What tells it from earlier leases of that token.
+    pub nth: u8,
+}
+
 /// The guard of a key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Guard {
     /// Nothing: no load in flight may be stored, and the value's version, if there is a value, is unknown.
     #[default]
     Absent,
-    /// Whoever has this token may fill.
-    Lease(u8),
+    /// Whoever has this lease may fill.
+    Lease(Lease),
     /// The value was loaded or updated at this version.
     Version(u8),
 }
@@ -29,7 +38,7 @@ pub struct KeyState {
 /// Answer of ACQUIRE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Acquired {
-    Grant,
+    Grant(Lease),
     Wait,
     Bypass,
     Value(Transactions),
@@ -44,8 +53,9 @@ pub enum Updated {
 }
 
 impl KeyState {
-    /// `acquire.lua`. `unusable` says that the value present, if any, is to be replaced.
-    pub fn acquire(&mut self, protocol: &Protocol, token: u8, unusable: bool) -> Acquired {
+    /// `acquire.lua`. `unusable` says that the value present, if any, is to be replaced; `nth` is what the server has to
+    /// tell a new lease from earlier ones.
+    pub fn acquire(&mut self, protocol: &Protocol, token: u8, nth: u8, unusable: bool) -> Acquired {
         if protocol.acquire_respects_marks && !self.marks.is_empty() {
             return Acquired::Bypass;
         }
@@ -53,17 +63,25 @@ impl KeyState {
             return Acquired::Value(value);
         }
         match self.guard {
-            Guard::Lease(holder) if holder != token => Acquired::Wait,
-            _ => {
-                self.guard = Guard::Lease(token);
-                Acquired::Grant
+            Guard::Lease(lease) if lease.token == token => Acquired::Grant(lease),
+            Guard::Lease(_) => Acquired::Wait,
+            Guard::Absent | Guard::Version(_) => {
+                let lease = Lease { token, nth: if protocol.server_names_leases { nth } else { 0 } };
+                self.guard = Guard::Lease(lease);
+                Acquired::Grant(lease)
             }
         }
     }
 
     /// `fill.lua`. Returns whether the value was stored.
-    pub fn fill(&mut self, protocol: &Protocol, token: u8, value: Transactions, version: Option<u8>) -> bool {
-        if protocol.fill_checks_lease && self.guard != Guard::Lease(token) {
+    pub fn fill(
+        &mut self,
+        protocol: &Protocol,
+        lease: Lease,
+        value: Transactions,
+        version: Option<u8>,
+    ) -> bool {
+        if protocol.fill_checks_lease && self.guard != Guard::Lease(lease) {
             return false;
         }
         self.value = Some(value);
@@ -73,7 +91,7 @@ impl KeyState {
 
     /// `release.lua`.
     pub fn release(&mut self, token: u8) {
-        if self.guard == Guard::Lease(token) {
+        if matches!(self.guard, Guard::Lease(lease) if lease.token == token) {
             self.guard = Guard::Absent;
         }
     }

@@ -37,10 +37,12 @@
 //! - The death of a reader, which is a reader whose lease is gone when its fill arrives, or that does not read again.
 //! - A lease that nobody holds any more, because its holder died or gave up before the grant arrived: it makes others
 //!   wait, and nothing can be filled under it.
+//! - A copy of FILL: the first to arrive has ended the lease or found it ended, and no later one has its name.
+//! - RELEASE and its copies: a lease may be evicted at every moment.
 //! - How late Postgres notices a dead client, or a subscriber a commit: every step may be arbitrarily late.
 //!
 //! What it takes for granted: Redis forgets no acknowledged write except by expiry and eviction, marks are never
-//! evicted, and a request for a lease is executed at most once (see `Protocol::acquire_is_sent_once`).
+//! evicted, and no two leases of a token have the same name (`protocol.md` says what that rests on).
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod delivery;

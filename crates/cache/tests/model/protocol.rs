@@ -35,9 +35,9 @@ pub struct Protocol {
 
     /// ACQUIRE grants nothing while there is a mark.
     pub acquire_respects_marks: bool,
-    /// Every request of a lease carries a token that was never sent before, so no copy of a request that was delayed on
-    /// the way can bring a dead lease back to life.
-    pub acquire_is_sent_once: bool,
+    /// The server names a lease when it grants it, never twice alike. If the token of the request alone were the name, a
+    /// copy of the request, delayed on the way, could bring a dead lease back to life.
+    pub server_names_leases: bool,
     /// FILL stores nothing unless the lease is still there.
     pub fill_checks_lease: bool,
     /// A load runs in a snapshot taken after the lease was granted.
@@ -71,7 +71,7 @@ impl Protocol {
         update_needs_known_version: true,
         version_is_taken_under_lock: true,
         acquire_respects_marks: true,
-        acquire_is_sent_once: true,
+        server_names_leases: true,
         fill_checks_lease: true,
         snapshot_follows_grant: true,
         loads_read_primary: true,

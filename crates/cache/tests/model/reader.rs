@@ -1,6 +1,6 @@
 //! Readers.
 
-use crate::key::Acquired;
+use crate::key::{Acquired, Lease};
 use crate::state::State;
 use crate::system::System;
 use crate::transactions::Transactions;
@@ -36,6 +36,8 @@ pub struct Reader {
     /// The strict commits that had finished when the read began. Kept while it may still return what somebody else has
     /// loaded; its own load begins later than the read.
     pub required: Transactions,
+    /// What tells the lease it was granted, alive or not, from others of its token. Zero also where it has none.
+    pub lease: u8,
     /// What it has loaded. Where snapshots may be older than the lease: what its snapshot shows.
     pub value: Transactions,
     /// Version of the row it has loaded.
@@ -110,7 +112,9 @@ impl System {
             Stage::Loaded => offer(ReaderStep::Fill),
             Stage::Bypassed => offer(ReaderStep::TellJoined),
         }
-        if !self.protocol.acquire_is_sent_once && matches!(reader.stage, Stage::Granted | Stage::Loaded) {
+        // It may have asked by then, in this read or in an earlier one. That a later read can take over what the copy is
+        // granted is more than can happen, since it has a token of its own.
+        if reader.reads_left < self.scenario.reads_per_reader {
             offer(ReaderStep::AcquireArrivesAgain);
         }
     }
@@ -124,6 +128,8 @@ impl System {
         let joined_early = has_leader(state).is_some_and(|leader| !state.readers[leader].is_loading());
         let State { key, readers, .. } = state;
         let reader = &mut readers[usize::from(index)];
+        // Any lease but the one it was granted. That is the only one it can fill under, so all others may be one.
+        let nth = u8::from(reader.lease == 0);
         match step {
             ReaderStep::Get => {
                 reader.reads_left -= 1;
@@ -143,9 +149,10 @@ impl System {
                 state.stale_read |= reader.returns(value);
             }
             ReaderStep::Acquire | ReaderStep::AcquireToReplace => {
-                match key.acquire(protocol, index, step == ReaderStep::AcquireToReplace) {
-                    Acquired::Grant => {
+                match key.acquire(protocol, index, nth, step == ReaderStep::AcquireToReplace) {
+                    Acquired::Grant(lease) => {
                         (reader.stage, reader.required) = (Stage::Granted, Transactions::NONE);
+                        reader.lease = lease.nth;
                     }
                     Acquired::Wait => {}
                     Acquired::Value(value) => state.stale_read |= reader.returns(value),
@@ -156,7 +163,7 @@ impl System {
                 }
             }
             ReaderStep::AcquireArrivesAgain => {
-                key.acquire(protocol, index, false);
+                key.acquire(protocol, index, nth, false);
             }
             ReaderStep::LoadWithoutFilling => state.stale_read |= reader.returns(snapshot),
             ReaderStep::Join => reader.stage = Stage::Joined { early: joined_early },
@@ -169,7 +176,8 @@ impl System {
             }
             ReaderStep::Fill => {
                 let version = self.scenario.versioned.then_some(reader.version);
-                let (value, stored) = (reader.value, key.fill(protocol, index, reader.value, version));
+                let lease = Lease { token: index, nth: reader.lease };
+                let (value, stored) = (reader.value, key.fill(protocol, lease, reader.value, version));
                 reader.returns(value);
                 self.tell_joined(state, value, stored);
             }

@@ -78,8 +78,8 @@ impl State {
 
     fn rename_readers(&mut self, one: u8, other: u8) {
         self.readers.swap(one.into(), other.into());
-        if let Guard::Lease(token) = &mut self.key.guard {
-            *token = match *token {
+        if let Guard::Lease(lease) = &mut self.key.guard {
+            lease.token = match lease.token {
                 token if token == one => other,
                 token if token == other => one,
                 token => token,

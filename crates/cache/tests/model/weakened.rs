@@ -146,13 +146,13 @@ fn a_version_taken_without_the_lock_of_the_row_goes_back() {
 }
 
 #[test]
-fn a_request_for_a_lease_that_arrives_twice_revives_a_dead_lease() {
-    breaks("converges", Protocol { acquire_is_sent_once: false, ..SOUND }, ONE_DEFAULT);
+fn a_lease_named_by_the_client_is_revived_by_a_request_that_arrives_twice() {
+    breaks("converges", Protocol { server_names_leases: false, ..SOUND }, ONE_DEFAULT);
 }
 
 #[test]
-fn a_request_for_a_lease_that_arrives_twice_outlives_mark_and_unmark() {
-    breaks("strict", Protocol { acquire_is_sent_once: false, ..SOUND }, ONE_STRICT);
+fn a_lease_named_by_the_client_outlives_mark_and_unmark() {
+    breaks("strict", Protocol { server_names_leases: false, ..SOUND }, ONE_STRICT);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use devstack::{RedisCluster, eventually};
 use event::CacheKey;
 
 use crate::reader::{Loads, find};
-use crate::support::{MINUTE, SOON, connect, deleted, key, plain, updated, work};
+use crate::support::{MINUTE, SOON, connect, deleted, granted, key, plain, updated, work};
 
 struct Nodes {
     cluster: RedisCluster,
@@ -49,9 +49,9 @@ async fn the_whole_protocol_works_on_keys_of_every_form() {
     let (redis, keys) = (&nodes.redis, keys());
     for key in &keys {
         let token = LeaseToken::generate();
-        assert_eq!(redis.acquire(key, token, MINUTE, false).await.unwrap(), Acquired::Grant, "{key}");
+        let lease = granted(redis.acquire(key, token, MINUTE, false).await.unwrap());
         let fill = Fill { version: Some(1), keep_stale_copy: true, ..plain("one") };
-        assert!(redis.fill(key, token, fill).await.unwrap(), "{key}");
+        assert!(redis.fill(key, &lease, fill).await.unwrap(), "{key}");
     }
     let updates = keys.iter().map(|key| updated(key, "two", 2, 7));
     let applied = redis.apply(&work(updates)).await.unwrap();

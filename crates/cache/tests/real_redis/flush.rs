@@ -31,9 +31,9 @@ async fn a_flush_voids_the_leases_of_matching_keys_whatever_their_braces() {
     let bed = Bed::new().await;
     for text in ["user:1", "user:{7}", "user:}", "user:{}x"] {
         let key = key(text);
-        let token = bed.grant(&key).await;
+        let lease = bed.grant(&key).await;
         bed.redis.delete_matching(&["user:*".to_owned()]).await.unwrap();
-        assert!(!bed.fill(&key, token, "from before the flush").await, "{text}");
+        assert!(!bed.fill(&key, &lease, "from before the flush").await, "{text}");
     }
     assert_eq!(bed.raw(&["DBSIZE"]).await, "0");
 }

@@ -63,7 +63,7 @@ async fn marked_keys_and_keys_that_others_are_loading_are_loaded_but_not_stored(
     let read = bed.cache().get_many(&["marked", "leased", "free"], MINUTE, load).await;
     assert_eq!(read, Ok(vec![Some(1), Some(2), Some(3)]));
     assert_eq!(bed.raw(&["MGET", "marked", "leased", "free"]).await, "\n\n3");
-    assert!(bed.fill(&key("leased"), lease, "2").await);
+    assert!(bed.fill(&key("leased"), &lease, "2").await);
 }
 
 #[tokio::test]

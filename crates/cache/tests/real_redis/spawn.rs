@@ -6,7 +6,7 @@ use std::time::Duration;
 use cache::{Cache, LeaseToken, Redis, Work};
 
 use crate::reader::find;
-use crate::support::{Bed, MINUTE, key, plain};
+use crate::support::{Bed, MINUTE, granted, key, plain};
 
 async fn requests(redis: &Redis) {
     let keys = vec![key("a"), key("b")];
@@ -26,8 +26,8 @@ async fn requests(redis: &Redis) {
     redis.eviction_policy().await.unwrap();
     redis.longest_snapshot_interval().await.unwrap();
     let token = LeaseToken::generate();
-    redis.acquire(&keys[0], token, MINUTE, false).await.unwrap();
-    redis.fill(&keys[0], token, plain("1")).await.unwrap();
+    let lease = granted(redis.acquire(&keys[0], token, MINUTE, false).await.unwrap());
+    redis.fill(&keys[0], &lease, plain("1")).await.unwrap();
     redis.release(&keys[0], token).await.unwrap();
 }
 

@@ -33,7 +33,7 @@ async fn while_one_reader_loads_the_others_get_the_old_value_if_they_accept_it()
     let lease = bed.grant(&key("n")).await;
     assert_eq!(bed.read(&LENIENT, &loads, 2).await, 1);
     assert_eq!(loads.count(), 1);
-    assert!(bed.fill(&key("n"), lease, "2").await);
+    assert!(bed.fill(&key("n"), &lease, "2").await);
     assert_eq!(bed.read(&LENIENT, &loads, 3).await, 2);
 }
 

@@ -137,7 +137,7 @@ async fn a_process_that_has_waited_long_enough_loads_without_storing() {
     let (cache, loads) = (Cache::new(bed.redis.clone(), config), Loads::default());
     assert_eq!(cache.get_or_load("n", MINUTE, || loads.find(1)).await, Ok(1));
     assert!(!bed.exists("n").await);
-    assert!(bed.fill(&key("n"), lease, "2").await);
+    assert!(bed.fill(&key("n"), &lease, "2").await);
 }
 
 #[tokio::test]
@@ -151,7 +151,7 @@ async fn a_waiting_process_takes_over_when_the_lease_is_voided() {
     bed.delete(&key("n"), 1).await;
     assert_eq!(waiting.await.unwrap(), Ok(1));
     assert_eq!(bed.raw(&["GET", "n"]).await, "1");
-    assert!(!bed.fill(&key("n"), lease, "0").await);
+    assert!(!bed.fill(&key("n"), &lease, "0").await);
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use cache::{Acquired, Fill, LeaseToken, Redis, RedisConfig, Work};
+use cache::{Acquired, Fill, LeaseId, LeaseToken, Redis, RedisConfig, Work};
 use devstack::RedisOptions;
 use event::{CacheKey, Change, CommittedEvent, EventId};
 
@@ -37,18 +37,16 @@ impl Bed {
         self.raw(&["EXISTS", name]).await == "1"
     }
 
-    pub(crate) async fn grant(&self, key: &CacheKey) -> LeaseToken {
-        let token = LeaseToken::generate();
-        assert_eq!(self.acquire(key, token).await, Acquired::Grant);
-        token
+    pub(crate) async fn grant(&self, key: &CacheKey) -> LeaseId {
+        granted(self.acquire(key, LeaseToken::generate()).await)
     }
 
     pub(crate) async fn acquire(&self, key: &CacheKey, token: LeaseToken) -> Acquired {
         self.redis.acquire(key, token, MINUTE, false).await.unwrap()
     }
 
-    pub(crate) async fn fill(&self, key: &CacheKey, token: LeaseToken, value: &str) -> bool {
-        self.redis.fill(key, token, plain(value)).await.unwrap()
+    pub(crate) async fn fill(&self, key: &CacheKey, lease: &LeaseId, value: &str) -> bool {
+        self.redis.fill(key, lease, plain(value)).await.unwrap()
     }
 
     pub(crate) async fn delete(&self, key: &CacheKey, xid: u64) -> cache::Applied {
@@ -58,6 +56,14 @@ impl Bed {
 
 pub(crate) fn connect(url: &str) -> Redis {
     Redis::new(RedisConfig { url: url.to_owned(), ..RedisConfig::default() }).unwrap()
+}
+
+#[track_caller]
+pub(crate) fn granted(acquired: Acquired) -> LeaseId {
+    match acquired {
+        Acquired::Grant(lease) => lease,
+        other => panic!("not granted: {other:?}"),
+    }
 }
 
 pub(crate) fn key(text: &str) -> CacheKey {

@@ -1,4 +1,5 @@
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use cache::{Redis, RedisError};
@@ -9,6 +10,9 @@ use crate::Xid;
 /// How often to try to mark. Connections that died unnoticed, as all do when Redis restarts, should not fail a write:
 /// one attempt more than a [`RedisConfig`](cache::RedisConfig) has by default.
 const ATTEMPTS: usize = 5;
+
+/// Pause between attempts: all together outlast a connection attempt that failed just now and is not repeated at once.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// The marks of one transaction: the steps of [`Writer::commit_strict`](crate::Writer::commit_strict) one by one, for
 /// those who commit by other means.
@@ -25,7 +29,7 @@ const ATTEMPTS: usize = 5;
 #[derive(Debug, Clone)]
 pub struct Marks {
     redis: Redis,
-    keys: Vec<CacheKey>,
+    keys: Arc<[CacheKey]>,
     xid: Xid,
 }
 
@@ -45,16 +49,24 @@ impl Marks {
     /// Any [`RedisError`], and then the transaction must not commit. Marks may exist all the same, even later (a
     /// request without an answer may still be carried out); they cost hits, until the resolver removes them.
     pub async fn set(&self, limit: Duration) -> Result<(), RedisError> {
-        within(limit, async {
+        let attempts = async {
             let mut more_attempts = ATTEMPTS - 1;
             loop {
-                match self.redis.mark(&self.keys, self.xid.0).await {
-                    Err(error) if error.is_retryable() && more_attempts > 0 => more_attempts -= 1,
+                match self.mark().await {
+                    Err(error) if error.is_retryable() && more_attempts > 0 => {
+                        more_attempts -= 1;
+                        tokio::time::sleep(PAUSE).await;
+                    }
                     marked => return marked,
                 }
             }
-        })
-        .await
+        };
+        tokio::time::timeout(limit, attempts).await.unwrap_or_else(|elapsed| Err(too_late(elapsed)))
+    }
+
+    async fn mark(&self) -> Result<(), RedisError> {
+        let Self { redis, keys, xid } = self.clone();
+        finishing(async move { redis.mark(&keys, xid.0).await }).await
     }
 
     /// Removes them, within `limit`, deleting the keys first. Only when the outcome of the transaction is known.
@@ -62,17 +74,30 @@ impl Marks {
     /// # Errors
     /// Any [`RedisError`]; the event of the transaction or the resolver removes what is left.
     pub async fn remove(&self, limit: Duration) -> Result<(), RedisError> {
-        within(limit, self.redis.unmark(&self.keys, self.xid.0)).await.map(drop)
+        let Self { redis, keys, xid } = self.clone();
+        within(limit, async move { redis.unmark(&keys, xid.0).await.map(drop) }).await
     }
 }
 
-pub(super) async fn within<T>(
+/// Waits for a request at most as long as `limit`. The request itself goes on until the client's own limit.
+pub(super) async fn within(
     limit: Duration,
-    request: impl Future<Output = Result<T, RedisError>>,
-) -> Result<T, RedisError> {
-    tokio::time::timeout(limit, request)
-        .await
-        .unwrap_or_else(|elapsed| Err(RedisError::Unavailable(Box::new(elapsed))))
+    request: impl Future<Output = Result<(), RedisError>> + Send + 'static,
+) -> Result<(), RedisError> {
+    let waiting = tokio::time::timeout(limit, finishing(request));
+    waiting.await.unwrap_or_else(|elapsed| Err(too_late(elapsed)))
+}
+
+/// Runs a request to its end even if nobody waits for it any more. The client replaces a connection that does not answer
+/// when a request on it times out; a request that is dropped before would leave the dead connection to the next write.
+async fn finishing(
+    request: impl Future<Output = Result<(), RedisError>> + Send + 'static,
+) -> Result<(), RedisError> {
+    tokio::spawn(request).await.unwrap_or_else(|stopped| Err(RedisError::Unavailable(stopped.into())))
+}
+
+fn too_late(elapsed: tokio::time::error::Elapsed) -> RedisError {
+    RedisError::Unavailable(elapsed.into())
 }
 
 #[cfg(test)]

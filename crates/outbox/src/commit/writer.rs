@@ -82,7 +82,9 @@ impl Writer {
         let receipts = self.enqueue(&mut tx, events).await?;
         commit(tx, self.limits.database).await?;
         let keys: Vec<_> = events.iter().flat_map(Event::keys).cloned().collect();
-        let invalidated = within(self.limits.finish, self.redis.invalidate(&keys)).await.map(drop);
+        let redis = self.redis.clone();
+        let invalidation = async move { redis.invalidate(&keys).await.map(drop) };
+        let invalidated = within(self.limits.finish, invalidation).await;
         Ok(Committed { receipts, finished: noted(invalidated, "invalidate keys") })
     }
 

@@ -45,7 +45,12 @@ pub async fn measure(programs: &Programs, scale: Scale) -> anyhow::Result<Vec<Fi
     let sweep = sweep(&ground.pool).await?;
     let behind = claim_from(&ground.pool, full.next_seq + i64::try_from(rows)?, claims, true).await?;
     let pinned = throughput::measure(&ground, count).await?;
-    progress(&format!("pinned: {}; sweep {}; relay {} events/s", behind.delays.short(), milliseconds(sweep), rounded(pinned)));
+    progress(&format!(
+        "pinned: {}; sweep {}; relay {} events/s",
+        behind.delays.short(),
+        milliseconds(sweep),
+        rounded(pinned)
+    ));
     pin.close().await?;
 
     let index = |cost: &Cost| if cost.uses_index { "by the index" } else { "NOT by the index" };
@@ -58,7 +63,10 @@ pub async fn measure(programs: &Programs, scale: Scale) -> anyhow::Result<Vec<Fi
         )
         .with_target("plan uses the index", full.uses_index),
         Figure::new(
-            format!("The same behind {} deleted rows that a pinned snapshot keeps from vacuum", grouped(rows)),
+            format!(
+                "The same behind {} deleted rows that a pinned snapshot keeps from vacuum",
+                grouped(rows)
+            ),
             describe(&behind),
             format!("a sweep over all of them for late commits, once a second, {}", milliseconds(sweep)),
         )
@@ -74,7 +82,9 @@ pub async fn measure(programs: &Programs, scale: Scale) -> anyhow::Result<Vec<Fi
 
 /// Keeps everything that is deleted from now on visible to one session, so that vacuum must leave it.
 async fn pin_snapshot(connection: &mut PgConnection) -> anyhow::Result<()> {
-    sqlx::raw_sql("begin isolation level repeatable read; select count(*) from pg_class").execute(connection).await?;
+    sqlx::raw_sql("begin isolation level repeatable read; select count(*) from pg_class")
+        .execute(connection)
+        .await?;
     Ok(())
 }
 
@@ -91,7 +101,8 @@ async fn claim_from(pool: &PgPool, from_seq: i64, claims: u32, fresh: bool) -> a
         delays.record(started.elapsed());
     }
     let facts = outbox::diagnosis::facts(pool).await?;
-    let uses_index = facts.claim_plan.iter().any(|line| line.contains("Index") && line.contains("events_pkey"));
+    let uses_index =
+        facts.claim_plan.iter().any(|line| line.contains("Index") && line.contains("events_pkey"));
     Ok(Cost { delays, uses_index, next_seq })
 }
 

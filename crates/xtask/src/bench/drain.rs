@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 
+use super::account::Account;
 use super::figures::Figure;
-use super::numbers::{median, mebibytes, milliseconds, per_second, ratio, rounded, grouped};
+use super::numbers::{grouped, mebibytes, median, per_second, ratio, rounded};
 use super::{Scale, events, plain, progress, surroundings};
 use crate::daemon::Daemon;
 use crate::pair::Ground;
@@ -64,6 +65,7 @@ async fn round(ground: &Ground, subscriber: &Daemon, count: u64) -> anyhow::Resu
     events::fill(&mut redis, 0..count).await?;
     sqlx::query("checkpoint").execute(&ground.pool).await?;
 
+    let before = Account::before_relay(subscriber).await?;
     let (mut relay_memory, mut subscriber_memory) = (Memory::default(), Memory::default());
     let started = Instant::now();
     let relay = ground.spawn_relay(&[])?;
@@ -75,7 +77,7 @@ async fn round(ground: &Ground, subscriber: &Daemon, count: u64) -> anyhow::Resu
     }
     let events_per_second = per_second(count, started.elapsed());
     let statements = relay.metric("relay_statements_total").await?;
-    let times = times(&relay, subscriber).await?;
+    let times = Account::of(&relay, subscriber).await?.since(&before);
     progress(&format!("{} events/s; {times}", rounded(events_per_second)));
     ground.until_outbox_empty(PATIENCE).await?;
     relay.terminate().await?;
@@ -85,21 +87,6 @@ async fn round(ground: &Ground, subscriber: &Daemon, count: u64) -> anyhow::Resu
         relay: relay_memory,
         subscriber: subscriber_memory,
     })
-}
-
-/// Where the time goes, by the programs' own account.
-async fn times(relay: &Daemon, subscriber: &Daemon) -> anyhow::Result<String> {
-    let claims = relay.metric("relay_settle_seconds_count").await?;
-    let each = async |name: &str| anyhow::Ok(milliseconds(relay.metric(name).await? / claims * 1e3));
-    let applies = subscriber.metric("subscriber_apply_seconds_count").await?;
-    let apply = subscriber.metric("subscriber_apply_seconds_sum").await? / applies * 1e3;
-    Ok(format!(
-        "each of {claims:.0} claims: claim {}, publish {}, settle {}; a batch in Redis {}",
-        each("relay_claim_seconds_sum").await?,
-        each("relay_publish_seconds_sum").await?,
-        each("relay_settle_seconds_sum").await?,
-        milliseconds(apply),
-    ))
 }
 
 async fn raw_limits(ground: &Ground, count: u64) -> anyhow::Result<String> {
@@ -128,7 +115,10 @@ fn figures(rounds: &[Round], count: u64, raw: &str) -> Vec<Figure> {
     let small = "≤ 40 MiB";
     vec![
         Figure::new(
-            format!("Drain of {} events, Postgres → NATS → Redis, from the start of the relay to the last key", grouped(count)),
+            format!(
+                "Drain of {} events, Postgres → NATS → Redis, from the start of the relay to the last key",
+                grouped(count)
+            ),
             format!("{} events/s", rounded(speed)),
             raw,
         )
@@ -137,7 +127,11 @@ fn figures(rounds: &[Round], count: u64, raw: &str) -> Vec<Figure> {
             .with_target("< 0.01", statements < TARGET_STATEMENTS_PER_EVENT),
         Figure::new("Memory of the relay meanwhile (RSS)", mebibytes(relay), growth(|round| &round.relay))
             .with_target(small, relay <= TARGET_BYTES),
-        Figure::new("Memory of the subscriber meanwhile (RSS)", mebibytes(subscriber), growth(|round| &round.subscriber))
-            .with_target(small, subscriber <= TARGET_BYTES),
+        Figure::new(
+            "Memory of the subscriber meanwhile (RSS)",
+            mebibytes(subscriber),
+            growth(|round| &round.subscriber),
+        )
+        .with_target(small, subscriber <= TARGET_BYTES),
     ]
 }

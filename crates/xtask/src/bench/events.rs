@@ -102,5 +102,7 @@ pub async fn claim_all(pool: &PgPool) -> anyhow::Result<u64> {
 
 fn chunks(numbers: Range<u64>, size: u64) -> impl Iterator<Item = Range<u64>> {
     let end = numbers.end;
-    (numbers.start..end).step_by(usize::try_from(size).expect("a small number")).map(move |first| first..end.min(first + size))
+    (numbers.start..end)
+        .step_by(usize::try_from(size).expect("a small number"))
+        .map(move |first| first..end.min(first + size))
 }

@@ -70,7 +70,8 @@ pub fn terminal(figures: &[Figure], paint: Paint, judge: bool) -> String {
 
 /// The table in Markdown.
 pub fn markdown(figures: &[Figure]) -> String {
-    let row = |cells: [String; 4]| format!("| {} |\n", cells.map(|cell| cell.replace('|', "\\|")).join(" | "));
+    let row =
+        |cells: [String; 4]| format!("| {} |\n", cells.map(|cell| cell.replace('|', "\\|")).join(" | "));
     let mut table = row(HEADINGS.map(str::to_owned));
     table.push_str("|---|---|---|---|\n");
     for figure in figures {
@@ -89,9 +90,9 @@ mod tests {
         let figure = |met| Figure::new("drain", "9 k/s", "10 k/s").with_target("≥ 8 k/s", met);
         let table = markdown(&[figure(true), figure(false)]);
         let rows: Vec<&str> = table.lines().skip(2).collect();
-        assert_eq!(rows, [
-            "| drain | **9 k/s** | 10 k/s | ≥ 8 k/s ✔ |",
-            "| drain | **9 k/s** | 10 k/s | ≥ 8 k/s ✘ |"
-        ]);
+        assert_eq!(
+            rows,
+            ["| drain | **9 k/s** | 10 k/s | ≥ 8 k/s ✔ |", "| drain | **9 k/s** | 10 k/s | ≥ 8 k/s ✘ |"]
+        );
     }
 }

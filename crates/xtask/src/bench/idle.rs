@@ -39,8 +39,12 @@ pub async fn measure(programs: &Programs, scale: Scale) -> anyhow::Result<Vec<Fi
     let percent = |of: fn(&Reading) -> f64| (of(&after) - of(&before)) / seconds * 100.0;
     let queries = (after.statements - before.statements) / seconds;
     let transactions = f64::from(i32::try_from(after.transactions - before.transactions)?) / seconds;
-    let (relay_cpu, subscriber_cpu) = (percent(|reading| reading.relay_cpu), percent(|reading| reading.subscriber_cpu));
-    progress(&format!("relay {relay_cpu:.2} %, subscriber {subscriber_cpu:.2} %, {} queries/s", rounded(queries)));
+    let (relay_cpu, subscriber_cpu) =
+        (percent(|reading| reading.relay_cpu), percent(|reading| reading.subscriber_cpu));
+    progress(&format!(
+        "relay {relay_cpu:.2} %, subscriber {subscriber_cpu:.2} %, {} queries/s",
+        rounded(queries)
+    ));
     let rss = |daemon: &Daemon| anyhow::Ok(mebibytes(daemon.process().rss_bytes()?));
     Ok(vec![
         Figure::new(

@@ -5,6 +5,7 @@ mod run;
 
 use std::time::Duration;
 
+use super::account::Account;
 use super::figures::Figure;
 use super::numbers::{grouped, rounded};
 use super::{Scale, progress, surroundings};
@@ -31,16 +32,19 @@ pub async fn measure(programs: &Programs, scale: Scale) -> anyhow::Result<Vec<Fi
     create_accounts(&ground.pool).await?;
     let chain = chain::estimate(&ground, scale.pick(1_000, 100)).await?;
     progress(&chain);
-    let _pair = ground.spawn_pair().await?;
+    let (relay, subscriber) = ground.spawn_pair().await?;
 
     let duration = scale.pick(Duration::from_secs(10), Duration::from_secs(1));
     // The first transactions open connections and prepare statements.
     run::play(&ground, Way::Outbox, 200, Duration::from_secs(1)).await?;
     let mut figures = Vec::new();
     for rate in RATES {
+        let before = Account::of(&relay, &subscriber).await?;
         let outbox = run::play(&ground, Way::Outbox, rate, duration).await?;
+        let steps = Account::of(&relay, &subscriber).await?.since(&before);
         let plain = run::play(&ground, Way::Plain, rate, duration).await?;
         progress(&format!("{rate} tx/s: {}; plain {}", outbox.delays.long(), plain.delays.long()));
+        progress(&format!("    on average {steps}"));
         figures.push(figure(rate, &outbox, &plain, &chain));
     }
     Ok(figures)
@@ -55,7 +59,8 @@ fn figure(rate: u64, outbox: &Outcome, plain: &Outcome, chain: &str) -> Figure {
     if outbox.per_second < ratio_of(rate) {
         beside = format!("{beside}; the machine managed {} tx/s", rounded(outbox.per_second));
     }
-    let figure = Figure::new(format!("From commit to deletion at {} tx/s", grouped(rate)), delays.long(), beside);
+    let figure =
+        Figure::new(format!("From commit to deletion at {} tx/s", grouped(rate)), delays.long(), beside);
     if rate != TARGET_RATE {
         return figure;
     }

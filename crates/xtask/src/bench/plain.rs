@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use async_nats::jetstream::stream::{Config, StorageType};
 use async_nats::jetstream;
+use async_nats::jetstream::stream::{Config, StorageType};
 use futures::{StreamExt, TryStreamExt, stream};
 use sqlx::postgres::PgPoolOptions;
 

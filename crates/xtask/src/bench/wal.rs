@@ -25,15 +25,20 @@ pub async fn measure(programs: &Programs, scale: Scale) -> anyhow::Result<Vec<Fi
     // The first change of a page after a checkpoint logs the whole page; that is not what an event costs.
     transactions(&ground.stack.postgres_url(), count / 2, Extra::Enqueue).await?;
 
-    let plain = logged(&ground, async || transactions(&ground.stack.postgres_url(), count, Extra::Nothing).await).await?;
+    let plain =
+        logged(&ground, async || transactions(&ground.stack.postgres_url(), count, Extra::Nothing).await)
+            .await?;
     let with_event =
-        logged(&ground, async || transactions(&ground.stack.postgres_url(), count, Extra::Enqueue).await).await?;
+        logged(&ground, async || transactions(&ground.stack.postgres_url(), count, Extra::Enqueue).await)
+            .await?;
     let dead_before = dead(&ground).await?;
     let events = count + count / 2;
     let relayed = logged(&ground, async || relay_all(&ground).await).await?;
     tokio::time::sleep(STATISTICS).await;
     let dead = dead(&ground).await? - dead_before;
-    progress(&format!("WAL bytes: update {plain}, with an event {with_event}; to relay {events} events {relayed}; {dead} dead"));
+    progress(&format!(
+        "WAL bytes: update {plain}, with an event {with_event}; to relay {events} events {relayed}; {dead} dead"
+    ));
 
     let per = |bytes: i64, number: u64| anyhow::Ok(grouped(u64::try_from(bytes.max(0))? / number));
     Ok(vec![
@@ -45,7 +50,10 @@ pub async fn measure(programs: &Programs, scale: Scale) -> anyhow::Result<Vec<Fi
         Figure::new(
             "Write-ahead log to claim, settle and retain an event, out of a backlog",
             format!("{} bytes", per(relayed, events)?),
-            format!("together {} times the update itself", times(with_event - plain, plain, relayed, count, events)),
+            format!(
+                "together {} times the update itself",
+                times(with_event - plain, plain, relayed, count, events)
+            ),
         ),
         Figure::new(
             "Dead tuples per event, in all tables of the outbox",

@@ -91,15 +91,22 @@ async fn measure_with(
             ground.until_outbox_empty(Duration::from_secs(60)).await?;
         }
     }
-    let mut outcomes = speeds.into_iter().zip(delays).map(|(speeds, delays)| Outcome { per_second: median(speeds), delays });
+    let mut outcomes =
+        speeds.into_iter().zip(delays).map(|(speeds, delays)| Outcome { per_second: median(speeds), delays });
     Ok(std::array::from_fn(|_| outcomes.next().expect("as many as variants")))
 }
 
 fn compare(writers: usize, [without, enqueue, relayed, notify]: &[Outcome; 4]) -> Vec<Figure> {
-    let describe = |outcome: &Outcome| format!("{} tx/s, {}", rounded(outcome.per_second), outcome.delays.short());
+    let describe =
+        |outcome: &Outcome| format!("{} tx/s, {}", rounded(outcome.per_second), outcome.delays.short());
     let share = |outcome: &Outcome| outcome.per_second / without.per_second;
     let measured = |outcome: &Outcome| format!("{:.2} of without: {}", share(outcome), describe(outcome));
-    let beside = format!("without {}; pg_notify instead {:.2}: {}", describe(without), share(notify), describe(notify));
+    let beside = format!(
+        "without {}; pg_notify instead {:.2}: {}",
+        describe(without),
+        share(notify),
+        describe(notify)
+    );
     let people = if writers == 1 { "1 writer".to_owned() } else { format!("{writers} writers") };
     progress(&format!("{people}: {}; with the relay {}; {beside}", measured(enqueue), measured(relayed)));
     let judged = |figure: Figure, outcome: &Outcome| match writers {

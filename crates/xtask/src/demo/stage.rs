@@ -76,7 +76,11 @@ impl Stage {
     pub async fn commit(&self, user: i32, name: &str) -> anyhow::Result<Committed> {
         let began = Instant::now();
         let mut tx = self.ground.pool.begin().await?;
-        sqlx::query("update users set name = $1 where id = $2").bind(name).bind(user).execute(&mut *tx).await?;
+        sqlx::query("update users set name = $1 where id = $2")
+            .bind(name)
+            .bind(user)
+            .execute(&mut *tx)
+            .await?;
         let _receipt = outbox::enqueue(&mut tx, &Event::delete([key(user)])?).await?;
         let enqueued = Instant::now();
         tx.commit().await?;
@@ -86,7 +90,11 @@ impl Stage {
     /// The same, but thinks better of it.
     pub async fn roll_back(&self, user: i32, name: &str) -> anyhow::Result<Zero> {
         let mut tx = self.ground.pool.begin().await?;
-        sqlx::query("update users set name = $1 where id = $2").bind(name).bind(user).execute(&mut *tx).await?;
+        sqlx::query("update users set name = $1 where id = $2")
+            .bind(name)
+            .bind(user)
+            .execute(&mut *tx)
+            .await?;
         let _receipt = outbox::enqueue(&mut tx, &Event::delete([key(user)])?).await?;
         tx.rollback().await?;
         Ok(Zero::now())
@@ -103,7 +111,8 @@ impl Stage {
 
     /// How many events wait in the outbox.
     pub async fn waiting(&self) -> anyhow::Result<i64> {
-        let backlog = outbox::backlog::measure(&self.ground.pool, 1000).await.context("cannot count the backlog")?;
+        let backlog =
+            outbox::backlog::measure(&self.ground.pool, 1000).await.context("cannot count the backlog")?;
         Ok(backlog.events)
     }
 }

@@ -122,3 +122,14 @@ fn offset(ms: f64) -> String {
 pub fn spoken(ms: f64) -> String {
     if ms < 100.0 { format!("{ms:.1} ms") } else { format!("{:.2} s", ms / 1e3) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_short_and_signed() {
+        let texts = [0.001, -0.5, 2.345, 54.3, 2_012.0].map(offset);
+        assert_eq!(texts, ["0", "-0.50 ms", "+2.35 ms", "+54 ms", "+2.01 s"]);
+    }
+}

@@ -4,8 +4,8 @@ use rand::Rng;
 use rand::rngs::StdRng;
 
 use super::Step;
-use super::real::{TOKENS, TRANSACTIONS, VERSIONS, content};
-use crate::key::{Guard, KeyState};
+use super::real::{LEASES_PER_TOKEN, TOKENS, TRANSACTIONS, VERSIONS, content};
+use crate::key::{Guard, KeyState, Lease};
 use crate::scenario::Change;
 use crate::transactions::Transactions;
 
@@ -13,7 +13,7 @@ use crate::transactions::Transactions;
 pub fn state(random: &mut StdRng) -> KeyState {
     let guard = match random.random_range(0..3) {
         0 => Guard::Absent,
-        1 => Guard::Lease(below(random, TOKENS)),
+        1 => Guard::Lease(lease(random)),
         _ => Guard::Version(below(random, VERSIONS.len())),
     };
     // Marks stop most steps, so most states have none.
@@ -26,14 +26,14 @@ pub fn state(random: &mut StdRng) -> KeyState {
 }
 
 pub fn step(random: &mut StdRng) -> Step {
-    let token = below(random, TOKENS);
+    let lease = lease(random);
     let of = below(random, TRANSACTIONS.len());
     let version = below(random, VERSIONS.len());
     let value = random.random_range(0..8);
     match random.random_range(0..16) {
-        0..3 => Step::Acquire { token, unusable: random.random_bool(0.3) },
-        3..6 => Step::Fill { token, value, version: random.random_bool(0.5).then_some(version) },
-        6 => Step::Release { token },
+        0..3 => Step::Acquire { lease, unusable: random.random_bool(0.3) },
+        3..6 => Step::Fill { lease, value, version: random.random_bool(0.5).then_some(version) },
+        6 => Step::Release { token: lease.token },
         7 => Step::Invalidate,
         8 => Step::Deliver { change: Change::Delete, value, version, of },
         9..11 => Step::Deliver { change: Change::Update, value, version, of },
@@ -61,6 +61,10 @@ pub fn step(random: &mut StdRng) -> Step {
             }
         }
     }
+}
+
+fn lease(random: &mut StdRng) -> Lease {
+    Lease { token: below(random, TOKENS), nth: below(random, LEASES_PER_TOKEN) }
 }
 
 fn below(random: &mut StdRng, limit: usize) -> u8 {

@@ -2,16 +2,17 @@
 
 use std::time::Duration;
 
-use cache::{Applied, Fill, LeaseToken, Redis, RedisConfig, Work};
+use cache::{Applied, Fill, LeaseId, LeaseToken, Redis, RedisConfig, Work};
 use devstack::RedisOptions;
 use event::{CacheKey, CommittedEvent, EventId};
 
 use super::{Answer, Step};
-use crate::key::{Acquired, Guard, KeyState, Updated};
+use crate::key::{Acquired, Guard, KeyState, Lease, Updated};
 use crate::scenario::Change;
 use crate::transactions::Transactions;
 
 pub const TOKENS: usize = 3;
+pub const LEASES_PER_TOKEN: usize = 2;
 
 /// Versions in order: where the number of digits changes, and where a Lua number can no longer tell two apart.
 pub const VERSIONS: [i64; 8] = [0, 9, 10, 99, 100, 1 << 53, (1 << 53) + 1, i64::MAX];
@@ -39,6 +40,8 @@ pub struct Real {
     redis: Redis,
     key: CacheKey,
     tokens: [LeaseToken; TOKENS],
+    /// Leases that each token was granted, whatever has become of them.
+    leases: Vec<Vec<LeaseId>>,
 }
 
 /// A value that is any of eight sets of transactions.
@@ -62,8 +65,32 @@ impl Real {
     pub async fn start() -> Self {
         let server = devstack::Redis::start_alone(RedisOptions::default()).await.unwrap();
         let redis = Redis::new(RedisConfig { url: server.url(), ..RedisConfig::default() }).unwrap();
+        let key = CacheKey::new(KEY).unwrap();
         let tokens = std::array::from_fn(|_| LeaseToken::generate());
-        Self { server, redis, key: CacheKey::new(KEY).unwrap(), tokens }
+        let mut leases = Vec::new();
+        for token in tokens {
+            let mut of_token = Vec::new();
+            while of_token.len() < LEASES_PER_TOKEN {
+                let acquired = redis.acquire(&key, token, HOUR, false).await.unwrap();
+                let cache::Acquired::Grant(lease) = acquired else { panic!("not granted: {acquired:?}") };
+                of_token.push(lease);
+                server.command(&["DEL", GUARD]).await.unwrap();
+            }
+            leases.push(of_token);
+        }
+        Self { server, redis, key, tokens, leases }
+    }
+
+    fn lease(&self, lease: Lease) -> &LeaseId {
+        &self.leases[usize::from(lease.token)][usize::from(lease.nth)]
+    }
+
+    /// Which lease has this name.
+    fn find(&self, name: &str) -> Option<Lease> {
+        let mut all = (0..).zip(&self.leases).flat_map(|(token, leases)| {
+            (0..).zip(leases).map(move |(nth, lease)| (Lease { token, nth }, lease.to_string()))
+        });
+        all.find_map(|(lease, its)| (its == name).then_some(lease))
     }
 
     /// Makes the server hold `state`, with the marks registered as MARK registers them.
@@ -75,7 +102,7 @@ impl Real {
         }
         let guard = match state.guard {
             Guard::Absent => None,
-            Guard::Lease(token) => Some(format!("L{}", self.tokens[usize::from(token)])),
+            Guard::Lease(lease) => Some(format!("L{}", self.lease(lease))),
             Guard::Version(version) => Some(format!("V{}", VERSIONS[usize::from(version)])),
         };
         if let Some(guard) = guard {
@@ -98,8 +125,8 @@ impl Real {
         assert_eq!(has_ttl(guard_ttl), !guard.is_empty(), "time to live of the guard: {guard_ttl}");
         assert!(!has_ttl(marks_ttl), "time to live of the marks: {marks_ttl}");
         let mut state = KeyState { value: (!value.is_empty()).then(|| parse(value)), ..KeyState::default() };
-        if let Some(token) = guard.strip_prefix('L') {
-            state.guard = Guard::Lease(position(&token.to_owned(), &self.tokens.map(|it| it.to_string())));
+        if let Some(lease) = guard.strip_prefix('L') {
+            state.guard = Guard::Lease(self.find(lease).unwrap());
         } else if let Some(version) = guard.strip_prefix('V') {
             state.guard = Guard::Version(position(&version.parse().unwrap(), &VERSIONS));
         }
@@ -109,20 +136,21 @@ impl Real {
         state
     }
 
-    pub async fn take(&self, step: Step) -> Answer {
+    pub async fn take(&mut self, step: Step) -> Answer {
         let keys = std::slice::from_ref(&self.key);
         let token = |token: u8| self.tokens[usize::from(token)];
         let transaction = |of: u8| TRANSACTIONS[usize::from(of)];
         match step {
-            Step::Acquire { token: of, unusable } => {
-                let acquired = self.redis.acquire(&self.key, token(of), HOUR, unusable).await.unwrap();
-                return Answer::Acquired(in_model(&acquired));
+            Step::Acquire { lease, unusable } => {
+                let token = token(lease.token);
+                let acquired = self.redis.acquire(&self.key, token, HOUR, unusable).await.unwrap();
+                return Answer::Acquired(self.in_model(acquired, lease));
             }
-            Step::Fill { token: of, value, version } => {
+            Step::Fill { lease, value, version } => {
                 let bytes = text(content(value)).into_bytes();
                 let version = version.map(|version| VERSIONS[usize::from(version)]);
                 let fill = Fill { value: &bytes, ttl: HOUR, version, keep_stale_copy: false };
-                return Answer::Stored(self.redis.fill(&self.key, token(of), fill).await.unwrap());
+                return Answer::Stored(self.redis.fill(&self.key, self.lease(lease), fill).await.unwrap());
             }
             Step::Deliver { change, value, version, of } => {
                 let work = self.work(change, value, version, transaction(of));
@@ -170,17 +198,23 @@ impl Real {
         work
     }
 
+    /// The answer in the model's terms. A lease with a new name takes the place of `new`.
+    fn in_model(&mut self, acquired: cache::Acquired, new: Lease) -> Acquired {
+        match acquired {
+            cache::Acquired::Grant(lease) => {
+                Acquired::Grant(self.find(&lease.to_string()).unwrap_or_else(|| {
+                    self.leases[usize::from(new.token)][usize::from(new.nth)] = lease;
+                    new
+                }))
+            }
+            cache::Acquired::Wait => Acquired::Wait,
+            cache::Acquired::Bypass => Acquired::Bypass,
+            cache::Acquired::Value(bytes) => Acquired::Value(parse(std::str::from_utf8(&bytes).unwrap())),
+        }
+    }
+
     async fn raw(&self, command: &[&str]) -> String {
         self.server.command(command).await.unwrap()
-    }
-}
-
-fn in_model(acquired: &cache::Acquired) -> Acquired {
-    match acquired {
-        cache::Acquired::Grant => Acquired::Grant,
-        cache::Acquired::Wait => Acquired::Wait,
-        cache::Acquired::Bypass => Acquired::Bypass,
-        cache::Acquired::Value(bytes) => Acquired::Value(parse(std::str::from_utf8(bytes).unwrap())),
     }
 }
 

@@ -9,9 +9,9 @@ use futures::future::try_join_all;
 use outbox::Event;
 use sqlx::{Connection as _, PgConnection, PgPool};
 
+use crate::bench::events;
 use crate::bench::numbers::per_second;
 use crate::bench::percentiles::Delays;
-use crate::bench::events;
 use crate::observer::Observer;
 use crate::pair::Ground;
 use crate::resp::Connection;
@@ -57,7 +57,10 @@ pub async fn create_accounts(pool: &PgPool) -> anyhow::Result<()> {
     sqlx::query("create table accounts (id integer primary key, balance bigint not null default 0)")
         .execute(pool)
         .await?;
-    sqlx::query("insert into accounts select n from generate_series(1, $1) n").bind(ACCOUNTS).execute(pool).await?;
+    sqlx::query("insert into accounts select n from generate_series(1, $1) n")
+        .bind(ACCOUNTS)
+        .execute(pool)
+        .await?;
     sqlx::query("vacuum analyze accounts").execute(pool).await?;
     Ok(())
 }

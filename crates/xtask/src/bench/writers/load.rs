@@ -33,7 +33,8 @@ pub async fn play(
     // Statements are prepared and pages are read before it counts.
     try_join_all(connections.iter_mut().map(|connection| write(connection, extra, duration / 10))).await?;
     let started = Instant::now();
-    let each = try_join_all(connections.iter_mut().map(|connection| write(connection, extra, duration))).await?;
+    let each =
+        try_join_all(connections.iter_mut().map(|connection| write(connection, extra, duration))).await?;
     let elapsed = started.elapsed();
     let mut delays = Delays::new();
     each.iter().for_each(|of_one| delays.add(of_one));
@@ -67,7 +68,10 @@ async fn write(connection: &mut PgConnection, extra: Extra, duration: Duration) 
 
 async fn transact(connection: &mut PgConnection, account: i32, extra: Extra) -> anyhow::Result<()> {
     let mut tx = connection.begin().await?;
-    sqlx::query("update accounts set balance = balance + 1 where id = $1").bind(account).execute(&mut *tx).await?;
+    sqlx::query("update accounts set balance = balance + 1 where id = $1")
+        .bind(account)
+        .execute(&mut *tx)
+        .await?;
     let key = format!("account:{account}:balance");
     match extra {
         Extra::Nothing => {}

@@ -21,7 +21,11 @@ pub async fn play(timeline: &mut Timeline, stage: &Stage) -> anyhow::Result<()> 
     timeline.step(at.until(committed.began), "BEGIN", "update users set name = 'Ada Lovelace' where id = 1");
     timeline.step(at.until(committed.enqueued), "enqueue", &format!("{}, in the same transaction", key(ADA)));
     timeline.step(0.0, "COMMIT", "the change and its event are durable, together");
-    timeline.step(at.until_wall(message.stored_at), "publish", &format!("message {} of the stream", message.seq));
+    timeline.step(
+        at.until_wall(message.stored_at),
+        "publish",
+        &format!("message {} of the stream", message.seq),
+    );
     timeline.step(at.until(deleted), "delete", &format!("{} is gone from Redis", key(ADA)));
     timeline.check(stage.cached(ADA).await?.is_none(), "nobody can read the old profile any more")?;
     more(timeline, stage).await
@@ -35,6 +39,8 @@ async fn more(timeline: &mut Timeline, stage: &Stage) -> anyhow::Result<()> {
     delays.sort_by(f64::total_cmp);
     let half = delays[delays.len() / 2];
     let nearly_all = delays[delays.len() * 99 / 100];
-    let text = format!("{MORE} more, none forgotten: half of them gone within {half:.1} ms after the commit, 99 % within {nearly_all:.1} ms");
+    let text = format!(
+        "{MORE} more, none forgotten: half of them gone within {half:.1} ms after the commit, 99 % within {nearly_all:.1} ms"
+    );
     timeline.check(delays.len() == usize::try_from(MORE)?, &text)
 }

@@ -44,7 +44,10 @@ async fn published_but_not_settled(
     let deleted = stage.deletions.next_deletion(&key(EDSGER), 0, PATIENCE).await?;
     timeline.step(committed.at.until(deleted), "delete", &format!("{} is gone from Redis", key(EDSGER)));
     die(timeline, committed.at, &doomed, "having published, before its claim commits").await?;
-    timeline.check(stage.waiting().await? == 1, "the event is back in the outbox: nobody recorded that it was published")
+    timeline.check(
+        stage.waiting().await? == 1,
+        "the event is back in the outbox: nobody recorded that it was published",
+    )
 }
 
 async fn recover(timeline: &mut Timeline, stage: &mut Stage, at: Zero, before: u64) -> anyhow::Result<()> {
@@ -55,7 +58,8 @@ async fn recover(timeline: &mut Timeline, stage: &mut Stage, at: Zero, before: u
     stage.relay.until_ready().await?;
     stage.ground.until_outbox_empty(PATIENCE).await?;
     let messages = stream::last_seq(&stage.ground.stack.nats).await? - before;
-    timeline.check(messages == 1, "the stream recognised the duplicate: one event, two deaths, one message")?;
+    timeline
+        .check(messages == 1, "the stream recognised the duplicate: one event, two deaths, one message")?;
     stage.commit_and_wait(WITNESS).await?;
     let once = stage.deletions.deletions(&key(EDSGER)).len() == 1 && stage.cached(EDSGER).await?.is_some();
     timeline.check(once, "the key was deleted once; the new profile is still cached")

@@ -19,7 +19,11 @@ pub async fn play(timeline: &mut Timeline, stage: &Stage) -> anyhow::Result<()> 
     let committed = stage.commit(KEN, "Ken Thompson").await?;
     let at = committed.at;
     timeline.trouble(at.until(committed.began), "SIGKILL", "NATS");
-    timeline.step(0.0, "COMMIT", &format!("{}; the transaction took {}", key(KEN), spoken(-at.until(committed.began))));
+    timeline.step(
+        0.0,
+        "COMMIT",
+        &format!("{}; the transaction took {}", key(KEN), spoken(-at.until(committed.began))),
+    );
     let answer = stage.relay.until_not_ready().await?;
     timeline.step(at.elapsed(), "relay", &format!("not ready: {}", first_reason(&answer)));
     tokio::time::sleep(OUTAGE).await;
@@ -34,7 +38,10 @@ pub async fn play(timeline: &mut Timeline, stage: &Stage) -> anyhow::Result<()> 
     stage.relay.until_ready().await?;
     stage.subscriber.until_ready().await?;
     let after = spoken((at.until(deleted) - back).max(0.0));
-    timeline.check(stage.cached(KEN).await?.is_none(), &format!("delivered {after} after NATS was back, nobody had to help"))
+    timeline.check(
+        stage.cached(KEN).await?.is_none(),
+        &format!("delivered {after} after NATS was back, nobody had to help"),
+    )
 }
 
 /// The first reason among those that the components of a program give.
