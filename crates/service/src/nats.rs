@@ -175,7 +175,9 @@ async fn connect_options(
 /// The library leaves user and password in the URL alone; a lone user is a token, as NATS has it.
 fn with_credentials_of(connect: ConnectOptions, servers: &[ServerAddr]) -> ConnectOptions {
     let decode = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
-    let Some((user, password)) = servers.iter().find_map(|server| Some((server.username()?, server.password()))) else {
+    let Some((user, password)) =
+        servers.iter().find_map(|server| Some((server.username()?, server.password())))
+    else {
         return connect;
     };
     match password {

@@ -114,9 +114,8 @@ pub async fn consumer(
     let wanted = pull::Config {
         durable_name: Some(durable.clone()),
         description: Some("Invalidates the keys of one cache".to_owned()),
-        deliver_policy: since.map_or(DeliverPolicy::All, |start_time| DeliverPolicy::ByStartTime {
-            start_time,
-        }),
+        deliver_policy: since
+            .map_or(DeliverPolicy::All, |start_time| DeliverPolicy::ByStartTime { start_time }),
         ack_policy: AckPolicy::Explicit,
         ack_wait: config.ack_wait,
         max_deliver: -1,

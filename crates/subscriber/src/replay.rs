@@ -52,9 +52,8 @@ pub async fn replay(
     let consumer = stream
         .create_consumer(pull::Config {
             description: Some("Replay for a cache that lost data".to_owned()),
-            deliver_policy: since.map_or(DeliverPolicy::All, |start_time| DeliverPolicy::ByStartTime {
-                start_time,
-            }),
+            deliver_policy: since
+                .map_or(DeliverPolicy::All, |start_time| DeliverPolicy::ByStartTime { start_time }),
             ack_policy: AckPolicy::None,
             filter_subject: config.topic.as_ref().map_or_else(String::new, event::nats::subject),
             inactive_threshold: INACTIVE_THRESHOLD,

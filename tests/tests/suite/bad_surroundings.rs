@@ -6,6 +6,9 @@ use std::time::Duration;
 use devstack::{Binary, Port, Process, Stack, StackOptions};
 use tests::program;
 
+/// Variables that are wrong, and the words that the error must have.
+type Case<'a> = (&'a [(&'a str, &'a str)], &'a [&'a str]);
+
 struct Scene {
     stack: Stack,
 }
@@ -47,7 +50,7 @@ impl Scene {
 async fn relay_names_what_is_wrong_with_its_surroundings() {
     let scene = Scene::start().await;
     let url = scene.stack.create_database("bare").await.unwrap();
-    let cases: [(&[(&str, &str)], &[&str]); 7] = [
+    let cases: [Case<'_>; 7] = [
         (&[("DATABASE_URL", "")], &["DATABASE_URL"]),
         (&[("DATABASE_URL", "postgres://app:hunter2@127.0.0.1:1/x")], &["DATABASE_URL", "127.0.0.1:1"]),
         (&[("DATABASE_URL", &url.replace("/bare", "/nowhere"))], &["DATABASE_URL", "database"]),
@@ -73,7 +76,7 @@ async fn subscriber_names_what_is_wrong_with_its_surroundings() {
     assert!(error.contains("INVALIDATIONS") && error.contains("relay"), "{error}");
     scene.stack.redis.command(&["ACL", "SETUSER", "app", "on", ">hunter2"]).await.unwrap();
     let wrong = scene.stack.redis_url().replace("redis://", "redis://app:hunter3@");
-    let cases: [(&[(&str, &str)], &[&str]); 5] = [
+    let cases: [Case<'_>; 5] = [
         (&[("REDIS_URL", &wrong)], &["REDIS_URL"]),
         (&[("REDIS_URL", "http://127.0.0.1")], &["REDIS_URL"]),
         (&[("NATS_URL", "nats://app:hunter2@127.0.0.1:1")], &["NATS_URL", "127.0.0.1:1"]),
