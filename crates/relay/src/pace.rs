@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// The pause between polls: none while there is a backlog, short after work, growing while there is nothing.
+/// The pause between polls: none after rows were found, growing while there is nothing. A pause after every few rows would
+/// be most of the time an event takes: a claim with its publication takes hardly longer than the shortest sleep.
 #[derive(Debug)]
 pub struct Pace {
     min: Duration,
@@ -29,11 +30,11 @@ impl Pace {
     }
 
     /// How long to rest after a poll that took `rows`, if at all.
-    pub fn after(&mut self, rows: usize, full: bool) -> Option<Duration> {
+    pub fn after(&mut self, rows: usize) -> Option<Duration> {
         if rows > 0 {
             self.pause = self.min;
             self.empty_polls = 0;
-            return (!full).then_some(self.min);
+            return None;
         }
         self.empty_polls = self.empty_polls.saturating_add(1);
         let pause = self.pause;
@@ -98,12 +99,12 @@ mod tests {
     #[test]
     fn pauses_grow_while_idle_and_collapse_with_the_first_row() {
         let mut pace = Pace::new(Duration::from_millis(1), Duration::from_millis(4));
-        let pauses: Vec<_> = (0..6).map(|_| pace.after(0, false).unwrap().as_micros()).collect();
+        let pauses: Vec<_> = (0..6).map(|_| pace.after(0).unwrap().as_micros()).collect();
         assert_eq!(pauses, [1000, 1500, 2250, 3375, 4000, 4000]);
         assert!(pace.is_idle());
-        assert_eq!(pace.after(2000, true), None);
-        assert_eq!(pace.after(7, false), Some(Duration::from_millis(1)));
+        assert_eq!(pace.after(7), None);
         assert!(!pace.is_idle());
+        assert_eq!(pace.after(0), Some(Duration::from_millis(1)));
     }
 
     #[test]

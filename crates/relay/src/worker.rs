@@ -100,7 +100,7 @@ pub async fn poll(shared: Arc<Shared>, health: Component, shutdown: Shutdown) {
                 if done.full {
                     shared.more.notify_one();
                 }
-                if let Some(pause) = pace.after(done.rows, done.full) {
+                if let Some(pause) = pace.after(done.rows) {
                     rest(pause, &shutdown).await;
                 }
             }
