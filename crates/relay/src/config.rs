@@ -36,7 +36,7 @@ pub struct Config {
     pub poll_min: Duration,
 
     /// Longest pause when the outbox is empty
-    #[arg(long, env = "RELAY_POLL_MAX", default_value = "10ms", value_parser = parse_duration, global = true)]
+    #[arg(long, env = "RELAY_POLL_MAX", default_value = "15ms", value_parser = parse_duration, global = true)]
     pub poll_max: Duration,
 
     /// How long the broker may take to acknowledge before the claimed events are given back

@@ -29,7 +29,7 @@ use figures::Figure;
 /// Measure it beside the raw limits of this machine
 ///
 /// Real servers and real processes, built in release, Postgres with fsync. Every figure stands beside the raw limit or
-/// the plain way of doing the same, measured in the same run. Takes about ten minutes; leave the machine alone
+/// the plain way of doing the same, measured in the same run. Takes about seven minutes; leave the machine alone
 /// meanwhile.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {

@@ -1,7 +1,10 @@
 //! What the pair is for, without faults.
 
+use std::process::Command;
+use std::time::{Duration, Instant};
+
 use outbox::{Event, Topic, Traceparent};
-use tests::Pair;
+use tests::{Pair, program};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn committed_event_removes_the_key_and_only_it() {
@@ -65,4 +68,56 @@ async fn any_language_can_enqueue_with_one_function_and_a_trigger_can_too() {
     pair.stack.postgres.query("insert into users values (7, 'Ada')").await.unwrap();
     pair.stack.postgres.query("select outbox.enqueue(array['user:8'])").await.unwrap();
     pair.until_none("user:*").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_under_load_ends_both_cleanly_and_loses_nothing() {
+    let pair = Pair::start().await.unwrap();
+    let end = Instant::now() + Duration::from_secs(3);
+    let stop = async {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        for daemon in [&pair.relay, &pair.subscriber] {
+            let status = daemon.process().terminate().await.unwrap();
+            assert!(status.success(), "{status}; log:\n{}", daemon.process().log());
+            daemon.process().start().unwrap();
+        }
+    };
+    let (committed, ()) = tokio::join!(pair.load("drain", |_| Instant::now() >= end), stop);
+    assert!(committed.unwrap() > 50);
+    pair.until_outbox_empty().await;
+    pair.until_none("drain:*").await;
+}
+
+/// Runs an administrative command of the subscriber and returns what it printed.
+async fn ask_subscriber(pair: &Pair, arguments: &[&str]) -> String {
+    let mut command = Command::new(program("subscriber").unwrap());
+    command
+        .args(arguments)
+        .env("NATS_URL", pair.stack.nats_url())
+        .env("REDIS_URL", pair.stack.redis_url())
+        .env("HTTP_ADDR", pair.subscriber.http().to_string());
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn operator_can_ask_the_subscriber_and_have_it_replay() {
+    let pair = Pair::start().await.unwrap();
+    pair.fill("user:1").await.unwrap();
+    pair.enqueue(&["user:1"]).await.unwrap();
+    pair.until_none("user:1").await;
+    pair.until_recorded().await;
+    let status = ask_subscriber(&pair, &["status"]).await;
+    assert!(
+        status.contains("lag           none") && status.contains("everything published until"),
+        "{status}"
+    );
+    assert!(ask_subscriber(&pair, &["health"]).await.contains("ready"));
+    // Somebody restored a value behind our back.
+    pair.fill("user:1").await.unwrap();
+    let replayed = ask_subscriber(&pair, &["replay", "--since", "10m"]).await;
+    assert_eq!(replayed.trim(), "applied 1 messages again");
+    assert!(!pair.is_cached("user:1").await.unwrap());
+    assert!(ask_subscriber(&pair, &["accept-gap"]).await.contains("accepted"));
 }

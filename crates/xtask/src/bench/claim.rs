@@ -34,8 +34,7 @@ pub async fn measure(programs: &Programs, scale: Scale) -> anyhow::Result<Vec<Fi
     let empty = claim_from(&ground.pool, 0, claims, true).await?;
     events::enqueue(&ground.pool, 0..rows).await?;
     let full = claim_from(&ground.pool, 0, claims, false).await?;
-    let count = throughput::events(scale);
-    let normal = throughput::measure(&ground, count).await?;
+    let normal = throughput::measure(&ground, scale).await?;
     progress(&format!("{} rows: {}; relay {} events/s", grouped(rows), full.delays.short(), rounded(normal)));
 
     let mut pin = PgConnection::connect(&ground.stack.postgres_url()).await?;
@@ -44,7 +43,7 @@ pub async fn measure(programs: &Programs, scale: Scale) -> anyhow::Result<Vec<Fi
     events::claim_all(&ground.pool).await?;
     let sweep = sweep(&ground.pool).await?;
     let behind = claim_from(&ground.pool, full.next_seq + i64::try_from(rows)?, claims, true).await?;
-    let pinned = throughput::measure(&ground, count).await?;
+    let pinned = throughput::measure(&ground, scale).await?;
     progress(&format!(
         "pinned: {}; sweep {}; relay {} events/s",
         behind.delays.short(),

@@ -77,10 +77,10 @@ async fn measure_with(
     writers: usize,
     scale: Scale,
 ) -> anyhow::Result<[Outcome; 4]> {
-    let duration = scale.pick(Duration::from_secs(3), Duration::from_millis(500));
+    let duration = scale.pick(Duration::from_millis(1_500), Duration::from_millis(500));
     let mut speeds = VARIANTS.map(|_| Vec::new());
     let mut delays = VARIANTS.map(|_| Delays::new());
-    for _ in 0..scale.pick(3, 1) {
+    for _ in 0..scale.pick(7, 1) {
         for (index, variant) in VARIANTS.into_iter().enumerate() {
             let url = if variant.relayed { &databases.relayed } else { &databases.alone };
             let (speed, round) = load::play(url, writers, variant.extra, duration).await?;

@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::bench::numbers::{per_second, ratio};
+use crate::bench::numbers::{median, per_second, ratio};
 use crate::bench::{Scale, events};
+use crate::daemon::Daemon;
 use crate::pair::Ground;
 use crate::wait;
 
@@ -13,17 +14,21 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// Long enough for the relay to have left what is dead behind it.
 const SETTLE: Duration = Duration::from_secs(3);
 
-/// How many events it is given.
-pub fn events(scale: Scale) -> u64 {
-    scale.pick(400_000, 20_000)
-}
-
-/// Starts a relay, gives it that many events in one commit, and says how many a second it publishes.
-pub async fn measure(ground: &Ground, count: u64) -> anyhow::Result<f64> {
+/// Starts a relay, gives it some backlogs, each in one commit, and says how many events a second it publishes.
+pub async fn measure(ground: &Ground, scale: Scale) -> anyhow::Result<f64> {
     let relay = ground.spawn_relay(&[])?;
     relay.until_ready().await?;
     ground.until_outbox_empty(PATIENCE).await?;
     tokio::time::sleep(SETTLE).await;
+    let mut speeds = Vec::new();
+    for _ in 0..scale.pick(3, 1) {
+        speeds.push(publish(ground, &relay, scale.pick(200_000, 20_000)).await?);
+    }
+    relay.terminate().await?;
+    Ok(median(speeds))
+}
+
+async fn publish(ground: &Ground, relay: &Daemon, count: u64) -> anyhow::Result<f64> {
     let before = relay.metric("relay_events_published_total").await?;
     let mut tx = ground.pool.begin().await?;
     events::enqueue_in(&mut tx, 0..count).await?;
@@ -34,7 +39,5 @@ pub async fn measure(ground: &Ground, count: u64) -> anyhow::Result<f64> {
         Ok((published >= ratio(count, 1)).then_some(()))
     })
     .await?;
-    let speed = per_second(count, started.elapsed());
-    relay.terminate().await?;
-    Ok(speed)
+    Ok(per_second(count, started.elapsed()))
 }
