@@ -27,13 +27,11 @@ struct Cli {
     task: Task,
 }
 
+/// Each says what it does at its own arguments.
 #[derive(Debug, Subcommand)]
 enum Task {
-    /// See it work on real servers: commits, rollbacks, crashes, an outage
     Demo(demo::Arguments),
-    /// Run all tests, installing missing servers first
     Test(test::Arguments),
-    /// Measure it beside the raw limits of this machine
     Bench(bench::Arguments),
 }
 

@@ -9,8 +9,8 @@ use crate::{programs, servers};
 
 /// Run all tests, installing missing servers first
 ///
-/// Everything after `--` goes to `cargo test --workspace`, for example `-- --package relay` or, for the test programs
-/// themselves, `-- -- --nocapture`.
+/// Everything after `--` goes to `cargo test --workspace`: `-- rolled_back` runs the tests with that in their names,
+/// `-- -- --nocapture` shows what they print.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// Arguments of `cargo test`

@@ -1,5 +1,7 @@
 //! What relay and subscriber cost while nothing happens.
 
+mod bare;
+
 use std::time::{Duration, Instant};
 
 use super::figures::Figure;
@@ -8,6 +10,7 @@ use super::{Scale, progress, surroundings};
 use crate::daemon::Daemon;
 use crate::pair::Ground;
 use crate::programs::Programs;
+use bare::BareLoop;
 
 /// What happens at the start is not idleness.
 const SETTLE: Duration = Duration::from_secs(3);
@@ -32,7 +35,8 @@ pub async fn measure(programs: &Programs, scale: Scale) -> anyhow::Result<Vec<Fi
     let (relay, subscriber) = ground.spawn_pair().await?;
     tokio::time::sleep(scale.pick(SETTLE, SETTLE / 3)).await;
     let before = read(&ground, &relay, &subscriber).await?;
-    tokio::time::sleep(scale.pick(Duration::from_secs(20), Duration::from_secs(2))).await;
+    let duration = scale.pick(Duration::from_secs(20), Duration::from_secs(2));
+    tokio::time::sleep(duration).await;
     let after = read(&ground, &relay, &subscriber).await?;
 
     let seconds = (after.at - before.at).as_secs_f64();
@@ -41,8 +45,9 @@ pub async fn measure(programs: &Programs, scale: Scale) -> anyhow::Result<Vec<Fi
     let transactions = f64::from(i32::try_from(after.transactions - before.transactions)?) / seconds;
     let (relay_cpu, subscriber_cpu) =
         (percent(|reading| reading.relay_cpu), percent(|reading| reading.subscriber_cpu));
+    let bare = BareLoop { per_second: queries, duration }.processor_percent(&ground).await?;
     progress(&format!(
-        "relay {relay_cpu:.2} %, subscriber {subscriber_cpu:.2} %, {} queries/s",
+        "relay {relay_cpu:.2} %, subscriber {subscriber_cpu:.2} %, {} queries/s; as many bare queries {bare:.2} %",
         rounded(queries)
     ));
     let rss = |daemon: &Daemon| anyhow::Ok(mebibytes(daemon.process().rss_bytes()?));
@@ -51,7 +56,7 @@ pub async fn measure(programs: &Programs, scale: Scale) -> anyhow::Result<Vec<Fi
             "Idle relay, processor time",
             format!("{relay_cpu:.2} % of a core"),
             format!(
-                "Postgres {:.2} % to answer it; relay has {} of memory",
+                "a loop of as many `select 1` and nothing else {bare:.2} %; Postgres {:.2} % to answer; memory {}",
                 percent(|reading| reading.postgres_cpu),
                 rss(&relay)?
             ),

@@ -22,10 +22,11 @@ const TARGET_WRITERS: usize = 32;
 const TARGET_RATIO: f64 = 0.70;
 
 /// What each round measures, one after the other, so that a change of the machine's mood meets all of them.
-const VARIANTS: [Variant; 4] = [
+const VARIANTS: [Variant; 5] = [
     Variant { extra: Extra::Nothing, relayed: false },
     Variant { extra: Extra::Enqueue, relayed: false },
     Variant { extra: Extra::Enqueue, relayed: true },
+    Variant { extra: Extra::BareInsert, relayed: false },
     Variant { extra: Extra::Notify, relayed: false },
 ];
 
@@ -60,6 +61,7 @@ pub async fn measure(programs: &Programs, scale: Scale) -> anyhow::Result<Vec<Fi
     let alone_pool = PgPool::connect(&alone).await?;
     outbox::migrate(&alone_pool).await?;
     latency::create_accounts(&alone_pool).await?;
+    load::create_bare_table(&alone_pool).await?;
     let databases = Databases { relayed: ground.stack.postgres_url(), alone, alone_pool };
     let _pair = ground.spawn_pair().await?;
 
@@ -76,11 +78,11 @@ async fn measure_with(
     databases: &Databases,
     writers: usize,
     scale: Scale,
-) -> anyhow::Result<[Outcome; 4]> {
+) -> anyhow::Result<[Outcome; 5]> {
     let duration = scale.pick(Duration::from_millis(1_500), Duration::from_millis(500));
     let mut speeds = VARIANTS.map(|_| Vec::new());
     let mut delays = VARIANTS.map(|_| Delays::new());
-    for _ in 0..scale.pick(7, 1) {
+    for _ in 0..scale.pick(5, 1) {
         for (index, variant) in VARIANTS.into_iter().enumerate() {
             let url = if variant.relayed { &databases.relayed } else { &databases.alone };
             let (speed, round) = load::play(url, writers, variant.extra, duration).await?;
@@ -88,6 +90,7 @@ async fn measure_with(
             delays[index].add(&round);
             // Each begins with an empty outbox.
             events::claim_all(&databases.alone_pool).await?;
+            load::empty_bare_table(&databases.alone_pool).await?;
             ground.until_outbox_empty(Duration::from_secs(60)).await?;
         }
     }
@@ -96,16 +99,16 @@ async fn measure_with(
     Ok(std::array::from_fn(|_| outcomes.next().expect("as many as variants")))
 }
 
-fn compare(writers: usize, [without, enqueue, relayed, notify]: &[Outcome; 4]) -> Vec<Figure> {
+fn compare(writers: usize, [without, enqueue, relayed, bare, notify]: &[Outcome; 5]) -> Vec<Figure> {
     let describe =
         |outcome: &Outcome| format!("{} tx/s, {}", rounded(outcome.per_second), outcome.delays.short());
     let share = |outcome: &Outcome| outcome.per_second / without.per_second;
     let measured = |outcome: &Outcome| format!("{:.2} of without: {}", share(outcome), describe(outcome));
     let beside = format!(
-        "without {}; pg_notify instead {:.2}: {}",
+        "without {}; instead of enqueue an insert into a bare table {:.2}, pg_notify {:.2}",
         describe(without),
-        share(notify),
-        describe(notify)
+        share(bare),
+        share(notify)
     );
     let people = if writers == 1 { "1 writer".to_owned() } else { format!("{writers} writers") };
     progress(&format!("{people}: {}; with the relay {}; {beside}", measured(enqueue), measured(relayed)));

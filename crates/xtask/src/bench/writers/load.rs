@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use futures::future::try_join_all;
 use outbox::Event;
 use rand::Rng;
-use sqlx::{Connection, PgConnection};
+use sqlx::{Connection, PgConnection, PgPool};
 
 use crate::bench::latency::ACCOUNTS;
 use crate::bench::numbers::per_second;
@@ -18,6 +18,8 @@ pub enum Extra {
     Nothing,
     /// It enqueues an event.
     Enqueue,
+    /// It inserts a row into a table without any check, the least an outbox can do.
+    BareInsert,
     /// It notifies those who listen.
     Notify,
 }
@@ -39,6 +41,19 @@ pub async fn play(
     let mut delays = Delays::new();
     each.iter().for_each(|of_one| delays.add(of_one));
     Ok((per_second(delays.count(), elapsed), delays))
+}
+
+/// Creates the table of [`Extra::BareInsert`].
+pub async fn create_bare_table(pool: &PgPool) -> anyhow::Result<()> {
+    let table = "create table bare (id bigint generated always as identity primary key, key text not null)";
+    sqlx::query(table).execute(pool).await?;
+    Ok(())
+}
+
+/// Empties it.
+pub async fn empty_bare_table(pool: &PgPool) -> anyhow::Result<()> {
+    sqlx::query("truncate bare").execute(pool).await?;
+    Ok(())
 }
 
 /// So many transactions altogether, by a few writers.
@@ -77,6 +92,12 @@ async fn transact(connection: &mut PgConnection, account: i32, extra: Extra) -> 
         Extra::Nothing => {}
         Extra::Enqueue => {
             let _receipt = outbox::enqueue(&mut tx, &Event::delete([key])?).await?;
+        }
+        Extra::BareInsert => {
+            sqlx::query("insert into bare (key) values ($1) returning id")
+                .bind(key)
+                .fetch_one(&mut *tx)
+                .await?;
         }
         Extra::Notify => {
             sqlx::query("select pg_notify('changes', $1)").bind(key).execute(&mut *tx).await?;
