@@ -1,0 +1,21 @@
+#![doc = include_str!("../README.md")]
+
+mod condition;
+mod expansion;
+mod file;
+mod image;
+mod problem;
+mod table;
+mod template;
+
+pub use condition::Condition;
+pub use expansion::{Expansion, MissingValue, RefusedKey};
+pub use file::Rules;
+pub use image::{Cell, Image, InvalidImage, JsonImage};
+pub use problem::{Problem, RulesError};
+pub use table::{At, OnTruncate, TableRules};
+pub use template::{InvalidTemplate, Part, Template};
+
+/// Settings a session must have for the text of its values to be what keys are made of. The functions of the triggers have
+/// them; a reader of the write-ahead log sets them on its connection.
+pub const PINNED_SETTINGS: [(&str, &str); 2] = [("DateStyle", "ISO, MDY"), ("TimeZone", "UTC")];
