@@ -54,6 +54,7 @@ create table outbox.events (
     xid xid8 not null default pg_current_xact_id(),
     traceparent text,
     created_at timestamptz not null default clock_timestamp(),
+    namespace boolean not null default false,
     -- The usual few short keys are judged by built-in functions alone, which costs the writer next to nothing; whatever
     -- they do not clear goes to the function that knows what to say.
     constraint events_keys check (
@@ -70,7 +71,7 @@ create table outbox.events (
         or (value is not null and octet_length(value) <= 524288
             and version is not null and version >= 0
             and ttl_ms is not null and ttl_ms between 1 and 31622400000
-            and cardinality(keys) = 1)
+            and cardinality(keys) = 1 and not namespace)
     ),
     constraint events_traceparent check (traceparent ~ '^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$')
 ) with (
@@ -99,6 +100,7 @@ comment on column outbox.events.ttl_ms is 'For an update: how long the value may
 comment on column outbox.events.xid is 'Transaction that enqueued the event';
 comment on column outbox.events.traceparent is 'W3C trace context of the writer';
 comment on column outbox.events.created_at is 'When the event was enqueued, by the clock of the database';
+comment on column outbox.events.namespace is 'Whether every key that begins with one of keys is stale';
 
 create table outbox.dead_letters (
     id uuid primary key,
@@ -111,6 +113,7 @@ create table outbox.dead_letters (
     xid xid8 not null,
     traceparent text,
     created_at timestamptz not null,
+    namespace boolean not null,
     reason text not null,
     dead_at timestamptz not null default clock_timestamp()
 );
@@ -126,6 +129,7 @@ comment on column outbox.dead_letters.ttl_ms is 'As in outbox.events';
 comment on column outbox.dead_letters.xid is 'As in outbox.events';
 comment on column outbox.dead_letters.traceparent is 'As in outbox.events';
 comment on column outbox.dead_letters.created_at is 'As in outbox.events';
+comment on column outbox.dead_letters.namespace is 'As in outbox.events';
 comment on column outbox.dead_letters.reason is 'Why it can never be published';
 comment on column outbox.dead_letters.dead_at is 'When it was set aside';
 
@@ -229,3 +233,25 @@ $$;
 
 comment on function outbox.enqueue is
     'Records in the current transaction that these cache keys changed; with value, version and ttl_ms: what one key holds now';
+
+-- The way in for namespaces; apart from outbox.enqueue, which is not to pay for what is rare.
+create function outbox.enqueue_namespaces(
+    namespaces text[],
+    topic text default 'default',
+    traceparent text default null,
+    out event_id uuid,
+    out xid xid8,
+    out seq bigint
+)
+language plpgsql volatile security definer
+as $$
+#variable_conflict use_variable
+begin
+    insert into outbox.events as e (id, topic, keys, traceparent, namespace)
+    values (outbox.new_id(), coalesce(topic, 'default'), namespaces, traceparent, true)
+    returning e.id, e.xid, e.seq into event_id, xid, seq;
+end
+$$;
+
+comment on function outbox.enqueue_namespaces is
+    'Records in the current transaction that every key that begins with one of these is stale; the whole cache is searched';

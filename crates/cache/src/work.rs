@@ -1,4 +1,4 @@
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +13,7 @@ use event::{CacheKey, Change, CommittedEvent};
 pub struct Work {
     positions: HashMap<Arc<str>, usize>,
     items: Vec<Item>,
+    namespaces: BTreeSet<CacheKey>,
     /// Transactions of all events, one event after the other.
     xids: Vec<u64>,
     /// A key, by its position in `items`, and where in `xids` the transactions of an event that names it are.
@@ -43,12 +44,17 @@ impl Work {
 
     /// Adds what `event` asks for.
     pub fn add(&mut self, event: &CommittedEvent) {
+        if event.change == Change::Namespace {
+            self.namespaces.extend(event.keys.iter().cloned());
+            return;
+        }
         let first = self.xids.len();
         self.xids.extend_from_slice(&event.xids);
         for key in &event.keys {
             let at = match &event.change {
                 Change::Delete => self.delete(key),
                 Change::Update { value, version, ttl } => self.update(key, value, *version, *ttl),
+                Change::Namespace => unreachable!("handled above"),
             };
             self.named.push((at, first..self.xids.len()));
         }
@@ -57,7 +63,7 @@ impl Work {
     /// Whether there is nothing to do.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.items.is_empty()
+        self.items.is_empty() && self.namespaces.is_empty()
     }
 
     /// Number of distinct keys.
@@ -70,8 +76,15 @@ impl Work {
     pub fn clear(&mut self) {
         self.positions.clear();
         self.items.clear();
+        self.namespaces.clear();
         self.xids.clear();
         self.named.clear();
+    }
+
+    /// Beginnings of keys of which every one is invalidated.
+    #[must_use]
+    pub fn namespaces(&self) -> &BTreeSet<CacheKey> {
+        &self.namespaces
     }
 
     pub(crate) fn items(&self) -> &[Item] {
@@ -152,6 +165,16 @@ mod tests {
         work.clear();
         assert!(work.is_empty());
         assert!(!work.has_transactions());
+    }
+
+    #[test]
+    fn a_namespace_is_no_key_of_the_same_name() {
+        let mut work = Work::new();
+        work.add(&committed(&["user:"], Change::Namespace, &[1]));
+        work.add(&committed(&["user:"], Change::Namespace, &[2]));
+        assert_eq!((work.keys(), work.namespaces().len(), work.is_empty()), (0, 1, false));
+        work.clear();
+        assert!(work.is_empty());
     }
 
     #[test]

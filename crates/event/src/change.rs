@@ -6,11 +6,16 @@ pub const MAX_VALUE_BYTES: usize = 512 * 1024;
 /// Longest time an update may ask the value to live. A cached value without an end is a leak.
 pub const MAX_TTL: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 
+/// Most namespaces one event may name: the whole cache is searched for each.
+pub const MAX_NAMESPACES: usize = 100;
+
 /// What is to happen to the keys of an event.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
     /// The cached values are no longer true.
     Delete,
+    /// Every cached value whose key begins with one of the event's keys is no longer true.
+    Namespace,
     /// The one key of the event has this value now. Applied only over a cached value whose version is known and older;
     /// in every other case it acts as a delete.
     Update {

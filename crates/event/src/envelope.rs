@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-use serde::{Deserialize, Serialize};
+use serde::ser::SerializeStruct;
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::event::check_key_count;
 use crate::{CacheKey, Change, EventId, InvalidEvent, Traceparent};
@@ -21,7 +22,7 @@ const CLOSING: &[u8] = b"]}";
 pub struct CommittedEvent {
     /// Identity of the event, of the first one where several were coalesced.
     pub id: EventId,
-    /// Keys it names.
+    /// Keys it names; for [`Change::Namespace`] the beginnings of keys.
     pub keys: Vec<CacheKey>,
     /// What happens to the keys.
     pub change: Change,
@@ -52,6 +53,14 @@ pub enum DecodeError {
     /// The message is not JSON of the expected shape.
     #[error("message is not an envelope")]
     Malformed(#[source] serde_json::Error),
+    /// One of the events says that something else is to happen than this reader knows of.
+    #[error(
+        "event {id} in the envelope asks for a change that this reader does not know; upgrade the subscriber"
+    )]
+    UnknownChange {
+        /// Identity of the event.
+        id: EventId,
+    },
     /// One of the events breaks a rule that events keep.
     #[error("event {id} in the envelope is not valid")]
     InvalidEvent {
@@ -63,50 +72,61 @@ pub enum DecodeError {
     },
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Deserialize)]
 struct WireEnvelope {
     v: u64,
     events: Vec<WireEvent>,
 }
 
-#[derive(Serialize, Deserialize)]
+/// The fields of an event say what it does: `keys` alone, `keys` with `update`, or `namespaces` alone. One that does
+/// something this reader does not know has neither `keys` nor `namespaces`, and is poison rather than a wrong delete.
+#[derive(Deserialize)]
 struct WireEvent {
     id: EventId,
-    keys: Vec<CacheKey>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    keys: Option<Vec<CacheKey>>,
+    namespaces: Option<Vec<CacheKey>>,
     update: Option<WireUpdate>,
     #[serde(default)]
     xids: Vec<u64>,
     at_us: i64,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     traceparent: Option<Traceparent>,
 }
 
 /// The borrowed form of a [`CommittedEvent`]: writing it copies nothing but the value of an update.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy)]
 pub struct CommittedEventRef<'a> {
     /// As in [`CommittedEvent`].
     pub id: EventId,
     /// As in [`CommittedEvent`].
     pub keys: &'a [CacheKey],
     /// As in [`CommittedEvent`].
-    #[serde(rename = "update", skip_serializing_if = "is_delete", serialize_with = "write_update")]
     pub change: &'a Change,
     /// As in [`CommittedEvent`].
     pub xids: &'a [u64],
     /// As in [`CommittedEvent`].
     pub at_us: i64,
     /// As in [`CommittedEvent`].
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<&'a Traceparent>,
 }
 
-fn is_delete(change: &&Change) -> bool {
-    matches!(change, Change::Delete)
-}
-
-fn write_update<S: serde::Serializer>(change: &&Change, serializer: S) -> Result<S::Ok, S::Error> {
-    WireUpdate::from_change(change).serialize(serializer)
+impl Serialize for CommittedEventRef<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let update = WireUpdate::from_change(self.change);
+        let fields = 4 + usize::from(update.is_some()) + usize::from(self.traceparent.is_some());
+        let names = if *self.change == Change::Namespace { "namespaces" } else { "keys" };
+        let mut event = serializer.serialize_struct("Event", fields)?;
+        event.serialize_field("id", &self.id)?;
+        event.serialize_field(names, self.keys)?;
+        if let Some(update) = &update {
+            event.serialize_field("update", update)?;
+        }
+        event.serialize_field("xids", self.xids)?;
+        event.serialize_field("at_us", &self.at_us)?;
+        if let Some(traceparent) = self.traceparent {
+            event.serialize_field("traceparent", traceparent)?;
+        }
+        event.end()
+    }
 }
 
 impl CommittedEvent {
@@ -175,11 +195,13 @@ fn explain(body: &[u8], error: serde_json::Error) -> DecodeError {
 
 impl WireEvent {
     fn checked(self) -> Result<CommittedEvent, DecodeError> {
-        let Self { id, keys, update, xids, at_us, traceparent } = self;
+        let Self { id, keys, namespaces, update, xids, at_us, traceparent } = self;
         let refused = |reason| DecodeError::InvalidEvent { id, reason };
-        let change = match update {
-            None => Change::Delete,
-            Some(update) => update.checked().map_err(refused)?,
+        let (keys, change) = match (keys, namespaces, update) {
+            (Some(keys), None, None) => (keys, Change::Delete),
+            (Some(keys), None, Some(update)) => (keys, update.checked().map_err(refused)?),
+            (None, Some(namespaces), None) => (namespaces, Change::Namespace),
+            _ => return Err(DecodeError::UnknownChange { id }),
         };
         check_key_count(&keys, &change).map_err(refused)?;
         Ok(CommittedEvent { id, keys, change, xids, at_us, traceparent })
@@ -257,7 +279,7 @@ impl EnvelopeWriter {
 impl WireUpdate {
     fn from_change(change: &Change) -> Option<Self> {
         match change {
-            Change::Delete => None,
+            Change::Delete | Change::Namespace => None,
             Change::Update { value, version, ttl } => Some(Self {
                 value: STANDARD.encode(value),
                 version: *version,

@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::{
-    CacheKey, Change, InvalidKey, InvalidTopic, InvalidTraceparent, InvalidUpdate, Topic, Traceparent,
+    CacheKey, Change, InvalidKey, InvalidTopic, InvalidTraceparent, InvalidUpdate, MAX_NAMESPACES, Topic,
+    Traceparent,
 };
 
 /// Most keys one event may name. A change that touches more is better described by several events.
@@ -53,6 +54,12 @@ pub enum InvalidEvent {
         /// How many keys it named.
         keys: usize,
     },
+    /// More than [`MAX_NAMESPACES`] namespaces.
+    #[error("event names {namespaces} namespaces, the limit is {MAX_NAMESPACES}")]
+    TooManyNamespaces {
+        /// How many it named.
+        namespaces: usize,
+    },
     /// One of the keys is refused.
     #[error("key {index} of the event is not valid: {reason}")]
     Key {
@@ -85,14 +92,20 @@ impl Event {
         K: TryInto<CacheKey>,
         K::Error: Into<InvalidKey>,
     {
-        let keys = keys
-            .into_iter()
-            .enumerate()
-            .map(|(index, key)| {
-                key.try_into().map_err(|error| InvalidEvent::Key { index, reason: error.into() })
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        Self::new(keys, Change::Delete)
+        Self::new(checked(keys)?, Change::Delete)
+    }
+
+    /// An event that makes every key unusable that begins with one of `namespaces`. The whole cache is searched for them,
+    /// so it is for rare events such as a TRUNCATE.
+    ///
+    /// # Errors
+    /// [`InvalidEvent`] if there are no namespaces, more than [`MAX_NAMESPACES`], or one could not begin a key.
+    pub fn delete_namespaces<K>(namespaces: impl IntoIterator<Item = K>) -> Result<Self, InvalidEvent>
+    where
+        K: TryInto<CacheKey>,
+        K::Error: Into<InvalidKey>,
+    {
+        Self::new(checked(namespaces)?, Change::Namespace)
     }
 
     /// An event that tells the cache the new value of `key`, so that no miss follows the write.
@@ -164,10 +177,24 @@ impl Event {
     }
 }
 
+fn checked<K>(keys: impl IntoIterator<Item = K>) -> Result<Vec<CacheKey>, InvalidEvent>
+where
+    K: TryInto<CacheKey>,
+    K::Error: Into<InvalidKey>,
+{
+    let check = |(index, key): (usize, K)| {
+        key.try_into().map_err(|error| InvalidEvent::Key { index, reason: error.into() })
+    };
+    keys.into_iter().enumerate().map(check).collect()
+}
+
 pub(crate) fn check_key_count(keys: &[CacheKey], change: &Change) -> Result<(), InvalidEvent> {
     match change {
         _ if keys.is_empty() => Err(InvalidEvent::NoKeys),
         Change::Delete if keys.len() > MAX_KEYS => Err(InvalidEvent::TooManyKeys { keys: keys.len() }),
+        Change::Namespace if keys.len() > MAX_NAMESPACES => {
+            Err(InvalidEvent::TooManyNamespaces { namespaces: keys.len() })
+        }
         Change::Update { .. } if keys.len() != 1 => Err(InvalidUpdate::NotOneKey { keys: keys.len() }.into()),
         _ => Ok(()),
     }
@@ -192,6 +219,16 @@ mod tests {
             error.to_string(),
             "key 1 of the event is not valid: cache key has the control character U+000A at byte 5"
         );
+    }
+
+    #[test]
+    fn a_namespace_is_the_beginning_of_a_key() {
+        let event = Event::delete_namespaces(["user:", "tenant:"]).unwrap();
+        assert_eq!((event.change(), event.keys().len()), (&Change::Namespace, 2));
+        assert!(Event::delete_namespaces([""]).is_err(), "the empty namespace would be the whole cache");
+        let many = (0..=MAX_NAMESPACES).map(|n| format!("n{n}:"));
+        let error = Event::delete_namespaces(many).unwrap_err();
+        assert_eq!(error, InvalidEvent::TooManyNamespaces { namespaces: 101 });
     }
 
     #[test]

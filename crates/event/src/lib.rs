@@ -8,7 +8,7 @@ pub mod nats;
 mod topic;
 mod traceparent;
 
-pub use change::{Change, InvalidUpdate, MAX_TTL, MAX_VALUE_BYTES};
+pub use change::{Change, InvalidUpdate, MAX_NAMESPACES, MAX_TTL, MAX_VALUE_BYTES};
 pub use envelope::{CommittedEvent, CommittedEventRef, DecodeError, Envelope, EnvelopeWriter, WIRE_VERSION};
 pub use event::{Event, EventId, InvalidEvent, MAX_KEYS};
 pub use key::{CacheKey, InvalidKey, MAX_KEY_BYTES};

@@ -20,7 +20,7 @@ fn event(keys: &[&str], change: Change) -> CommittedEvent {
     }
 }
 
-fn golden() -> [(&'static str, Envelope); 3] {
+fn golden() -> [(&'static str, Envelope); 4] {
     let traced = CommittedEvent {
         traceparent: Some(
             Traceparent::new("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01").unwrap(),
@@ -41,6 +41,10 @@ fn golden() -> [(&'static str, Envelope); 3] {
             include_str!("golden/v1-update.json"),
             Envelope { events: vec![event(&["user:123:profile"], update)] },
         ),
+        (
+            include_str!("golden/v1-namespace.json"),
+            Envelope { events: vec![event(&["user:", "{tenant}:"], Change::Namespace)] },
+        ),
     ]
 }
 
@@ -60,6 +64,23 @@ fn fields_of_a_later_writer_are_ignored() {
     let decoded = Envelope::decode(body.as_bytes()).unwrap();
     assert_eq!(decoded.events[0].xids, Vec::<u64>::new());
     assert_eq!(decoded.events[0].keys[0].as_str(), "k");
+}
+
+#[test]
+fn a_change_that_this_reader_does_not_know_is_poison_and_never_another_change() {
+    for fields in [
+        r#""patterns":["user:*"]"#,
+        r#""keys":["user:"],"namespaces":["user:"]"#,
+        r#""namespaces":["k"],"update":{"value":"","version":1,"ttl_ms":5}"#,
+        r#""update":{"value":"","version":1,"ttl_ms":5}"#,
+    ] {
+        let body = format!(r#"{{"v":1,"events":[{{"id":"{ID}",{fields},"at_us":1}}]}}"#);
+        let error = Envelope::decode(body.as_bytes()).unwrap_err();
+        assert!(matches!(error, DecodeError::UnknownChange { .. }), "{fields}: {error}");
+    }
+    // A reader that knows only `keys` requires them.
+    let namespace = Envelope { events: vec![event(&["user:"], Change::Namespace)] }.encode();
+    assert!(!String::from_utf8(namespace).unwrap().contains(r#""keys""#));
 }
 
 #[test]
@@ -115,6 +136,7 @@ fn bodies_that_differ_only_in_their_transactions_have_different_message_ids() {
 fn any_change() -> impl Strategy<Value = Change> {
     prop_oneof![
         Just(Change::Delete),
+        Just(Change::Namespace),
         (proptest::collection::vec(any::<u8>(), 0..64), 0..i64::MAX, 1..1_000_000_u64).prop_map(
             |(value, version, ms)| Change::update(value, version, Duration::from_millis(ms)).unwrap()
         ),

@@ -64,6 +64,7 @@ struct Columns {
     xid: u64,
     traceparent: Option<String>,
     created_at: DateTime<Utc>,
+    namespace: bool,
 }
 
 /// The planner must not choose anything but the index because the table was empty when the statement was planned: the
@@ -83,7 +84,7 @@ pub(crate) const TAKE: &str = "
                 from outbox.events where seq >= $1 order by seq limit $2 for update skip locked
             ) locked
         ) measured where bytes_before < $3))
-    returning seq, id, topic, keys, value, version, ttl_ms, xid::text::bigint, traceparent, created_at";
+    returning seq, id, topic, keys, value, version, ttl_ms, xid::text::bigint, traceparent, created_at, namespace";
 
 /// Whether any row at or above `from_seq` waits, claimed by another relay or not. The cheapest question there is: one
 /// round trip of the simple protocol, no transaction.
@@ -138,8 +139,8 @@ impl Claim {
         for Poison { row, reason } in poison {
             sqlx::query(
                 "insert into outbox.dead_letters
-                    (id, seq, topic, keys, value, version, ttl_ms, xid, traceparent, created_at, reason)
-                 values ($1, $2, $3, $4, $5, $6, $7, $8::text::xid8, $9, $10, $11)
+                    (id, seq, topic, keys, value, version, ttl_ms, xid, traceparent, created_at, namespace, reason)
+                 values ($1, $2, $3, $4, $5, $6, $7, $8::text::xid8, $9, $10, $11, $12)
                  on conflict (id) do update set seq = excluded.seq, reason = excluded.reason, dead_at = clock_timestamp()",
             )
             .persistent(self.prepared)
@@ -153,6 +154,7 @@ impl Claim {
             .bind(row.xid.to_string())
             .bind(&row.traceparent)
             .bind(row.created_at)
+            .bind(row.namespace)
             .bind(reason)
             .execute(&mut *self.tx)
             .await?;
@@ -198,6 +200,7 @@ impl Poison {
             xid: event.xids.first().copied().unwrap_or_default(),
             traceparent: event.traceparent.as_ref().map(|parent| parent.as_str().to_owned()),
             created_at: DateTime::from_timestamp_micros(event.at_us).unwrap_or_default(),
+            namespace: event.change == Change::Namespace,
         };
         Self { row, reason }
     }
@@ -222,6 +225,7 @@ impl Columns {
             xid: row.try_get::<i64, _>(7)?.cast_unsigned(),
             traceparent: row.try_get(8)?,
             created_at: row.try_get(9)?,
+            namespace: row.try_get(10)?,
         })
     }
 
@@ -251,6 +255,7 @@ impl Columns {
 
     fn change(&self) -> Result<Change, InvalidEvent> {
         match (&self.value, self.version, self.ttl_ms) {
+            _ if self.namespace => Ok(Change::Namespace),
             (Some(value), Some(version), Some(ttl_ms)) => {
                 let ttl = Duration::from_millis(u64::try_from(ttl_ms).unwrap_or(0));
                 Ok(Change::update(value.clone(), version, ttl)?)

@@ -6,6 +6,7 @@ mod writer;
 use std::time::Duration;
 
 use cache::RedisError;
+use event::{CacheKey, Change, Event};
 use sqlx::postgres::{PgDatabaseError, PgSeverity};
 use sqlx::{Postgres, Transaction};
 
@@ -96,6 +97,11 @@ fn is_refusal(error: &sqlx::Error) -> bool {
         answer.severity() == PgSeverity::Error
             && !UNCERTAIN.iter().any(|class| answer.code().starts_with(class))
     })
+}
+
+/// The keys that can be told to the cache by name. Namespaces are left to the event.
+fn exact_keys(event: &Event) -> &[CacheKey] {
+    if *event.change() == Change::Namespace { &[] } else { event.keys() }
 }
 
 fn timed_out() -> sqlx::Error {

@@ -81,8 +81,8 @@ pub async fn replay(pool: &PgPool, ids: Option<&[EventId]>) -> Result<u64, sqlx:
     let done = sqlx::query(
         "with back as (
             delete from outbox.dead_letters where $1::uuid[] is null or id = any($1) returning *)
-         insert into outbox.events (id, topic, keys, value, version, ttl_ms, xid, traceparent, created_at)
-         select outbox.new_id(), topic, keys, value, version, ttl_ms, xid, traceparent, created_at from back",
+         insert into outbox.events (id, topic, keys, value, version, ttl_ms, xid, traceparent, created_at, namespace)
+         select outbox.new_id(), topic, keys, value, version, ttl_ms, xid, traceparent, created_at, namespace from back",
     )
     .persistent(false)
     .bind(ids.map(uuids))

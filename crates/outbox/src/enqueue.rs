@@ -75,6 +75,9 @@ pub fn without_prepared_statements() {
 /// # Errors
 /// [`EnqueueError`]. Not cancel-safe: after a cancelled call roll the transaction back.
 pub async fn enqueue(tx: &mut Transaction<'_, Postgres>, event: &Event) -> Result<Receipt, EnqueueError> {
+    if *event.change() == Change::Namespace {
+        return enqueue_namespaces(tx, event).await;
+    }
     let (value, version, ttl_ms) = update_columns(event.change());
     let row = sqlx::query(
         "insert into outbox.events (keys, topic, value, version, ttl_ms, traceparent, id)
@@ -86,6 +89,25 @@ pub async fn enqueue(tx: &mut Transaction<'_, Postgres>, event: &Event) -> Resul
     .bind(value)
     .bind(version)
     .bind(ttl_ms)
+    .bind(event.traceparent().map(event::Traceparent::as_str))
+    .bind(event.id().0)
+    .fetch_one(&mut **tx)
+    .await?;
+    receipt(&row)
+}
+
+/// A statement of its own: the usual one is not to pay for what is rare.
+async fn enqueue_namespaces(
+    tx: &mut Transaction<'_, Postgres>,
+    event: &Event,
+) -> Result<Receipt, EnqueueError> {
+    let row = sqlx::query(
+        "insert into outbox.events (keys, namespace, topic, traceparent, id)
+         values ($1, true, $2, $3, $4) returning id, xid::text::bigint, seq",
+    )
+    .persistent(PREPARED.load(Ordering::Relaxed))
+    .bind(event.keys().iter().map(event::CacheKey::as_str).collect::<Vec<_>>())
+    .bind(event.topic().as_str())
     .bind(event.traceparent().map(event::Traceparent::as_str))
     .bind(event.id().0)
     .fetch_one(&mut **tx)
@@ -107,10 +129,10 @@ pub async fn enqueue_all(
     let mut columns = Columns::with_capacity(events.len());
     events.iter().for_each(|event| columns.push(event));
     let rows = sqlx::query(
-        "insert into outbox.events (id, topic, keys, value, version, ttl_ms, traceparent)
-         select u.id, u.topic, u.keys::text[], u.value, u.version, u.ttl_ms, u.traceparent
-         from unnest($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::bigint[], $6::bigint[], $7::text[])
-             with ordinality as u (id, topic, keys, value, version, ttl_ms, traceparent, ordinal)
+        "insert into outbox.events (id, topic, keys, value, version, ttl_ms, traceparent, namespace)
+         select u.id, u.topic, u.keys::text[], u.value, u.version, u.ttl_ms, u.traceparent, u.namespace
+         from unnest($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::bigint[], $6::bigint[], $7::text[], $8::bool[])
+             with ordinality as u (id, topic, keys, value, version, ttl_ms, traceparent, namespace, ordinal)
          order by u.ordinal
          returning id, xid::text::bigint, seq",
     )
@@ -122,6 +144,7 @@ pub async fn enqueue_all(
     .bind(columns.versions)
     .bind(columns.ttls_ms)
     .bind(columns.traceparents)
+    .bind(columns.namespaces)
     .fetch_all(&mut **tx)
     .await?;
     rows.iter().map(receipt).collect()
@@ -137,6 +160,7 @@ struct Columns<'a> {
     versions: Vec<Option<i64>>,
     ttls_ms: Vec<Option<i64>>,
     traceparents: Vec<Option<&'a str>>,
+    namespaces: Vec<bool>,
 }
 
 impl<'a> Columns<'a> {
@@ -149,6 +173,7 @@ impl<'a> Columns<'a> {
             versions: Vec::with_capacity(events),
             ttls_ms: Vec::with_capacity(events),
             traceparents: Vec::with_capacity(events),
+            namespaces: Vec::with_capacity(events),
         }
     }
 
@@ -161,12 +186,13 @@ impl<'a> Columns<'a> {
         self.versions.push(version);
         self.ttls_ms.push(ttl_ms);
         self.traceparents.push(event.traceparent().map(event::Traceparent::as_str));
+        self.namespaces.push(*event.change() == Change::Namespace);
     }
 }
 
 pub(crate) fn update_columns(change: &Change) -> (Option<&[u8]>, Option<i64>, Option<i64>) {
     match change {
-        Change::Delete => (None, None, None),
+        Change::Delete | Change::Namespace => (None, None, None),
         Change::Update { value, version, ttl } => {
             let ttl_ms = i64::try_from(ttl.as_millis()).expect("at most MAX_TTL");
             (Some(value.as_slice()), Some(*version), Some(ttl_ms))

@@ -89,7 +89,8 @@ fn by_topic(claimed: &[Claimed]) -> Vec<(&Topic, Vec<usize>)> {
 }
 
 /// One delete per distinct key. A key that an earlier entry already names is left to it, and the transaction goes with
-/// it, so that marks of strict writes are still resolved. Updates stay as they are: they carry versions.
+/// it, so that marks of strict writes are still resolved. Updates stay as they are, since they carry versions, and so do
+/// namespaces, which are no keys.
 fn coalesce<'a>(claimed: &'a [Claimed], rows: &[usize]) -> Vec<Entry<'a>> {
     let mut entries: Vec<Entry<'a>> = Vec::with_capacity(rows.len());
     let mut named_by: HashMap<&'a CacheKey, usize> = HashMap::with_capacity(rows.len());
@@ -269,6 +270,15 @@ mod tests {
         let message = &pack(&again, ROOMY).messages[0];
         assert_ne!(message.message_id, again[0].event.id.to_string());
         assert_eq!(decoded(&pack(&again, ROOMY))[0].xids, [10, 11]);
+    }
+
+    #[test]
+    fn a_namespace_is_not_taken_for_a_key_of_the_same_name() {
+        let mut rows = vec![row(1, 10, &["user:"]), row(2, 11, &["user:"]), row(3, 12, &["user:"])];
+        rows[1].event.change = Change::Namespace;
+        let events = decoded(&pack(&rows, ROOMY));
+        let changes: Vec<_> = events.iter().map(|event| (&event.change, event.xids.as_slice())).collect();
+        assert_eq!(changes, [(&Change::Delete, &[10_u64, 12][..]), (&Change::Namespace, &[11][..])]);
     }
 
     #[test]

@@ -1,7 +1,5 @@
 //! What a rules file may say, and what is said about one that is wrong.
 
-#![expect(clippy::unwrap_used, reason = "a failure in a test is a panic")]
-
 use event::Topic;
 use rules::{OnTruncate, Problem, Rules, RulesError};
 

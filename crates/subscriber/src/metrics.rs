@@ -20,6 +20,7 @@ metrics! {
     describe_counter MESSAGES = "subscriber_messages_total", Count, "Messages settled, by result: applied or dead_letter";
     describe_counter EVENTS_APPLIED = "subscriber_events_applied_total", Count, "Events of applied messages";
     describe_counter KEYS_INVALIDATED = "subscriber_keys_invalidated_total", Count, "Distinct keys per batch that were invalidated or updated";
+    describe_counter NAMESPACES_INVALIDATED = "subscriber_namespaces_invalidated_total", Count, "Distinct namespaces per batch: every key that begins so was invalidated";
     describe_counter KEYS_PRESENT = "subscriber_keys_present_total", Count, "Names removed for them: values and guards that existed";
     describe_counter UPDATES = "subscriber_updates_total", Count, "Versioned updates, by outcome: replaced or ignored";
     describe_counter REDELIVERIES = "subscriber_redeliveries_total", Count, "Messages that had been delivered before";

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use async_nats::jetstream::consumer::PullConsumer;
 use async_nats::jetstream::consumer::pull::{self, MessagesErrorKind};
 use async_nats::jetstream::{AckKind, Message};
-use cache::{Redis, Work};
+use cache::{Applied, Redis, RedisError, Work};
 use event::{Envelope, Traceparent};
 use futures::{FutureExt, StreamExt};
 use metrics::{counter, gauge, histogram};
@@ -209,6 +209,22 @@ impl Shared {
         }
     }
 
+    /// One attempt to apply a batch. Searching a large cache for a namespace may take longer than messages may be in hand,
+    /// so they are kept meanwhile.
+    async fn apply(&self, batch: &Batch, health: &Component) -> Result<Applied, RedisError> {
+        let applying = self.redis.apply(&batch.work);
+        tokio::pin!(applying);
+        loop {
+            match tokio::time::timeout(self.config.ack_wait / 3, &mut applying).await {
+                Ok(applied) => return applied,
+                Err(_) => {
+                    health.beat();
+                    batch.keep_alive().await;
+                }
+            }
+        }
+    }
+
     /// Applies a batch, for as long as it takes, and acknowledges it. Given up only on shutdown: the messages are then
     /// delivered to somebody else.
     async fn settle(&self, batch: Batch, health: &Component, shutdown: &Shutdown) {
@@ -216,7 +232,7 @@ impl Shared {
         let mut kept_alive = Instant::now();
         loop {
             let started = Instant::now();
-            match self.redis.apply(&batch.work).await {
+            match self.apply(&batch, health).await {
                 Ok(applied) => {
                     histogram!(names::APPLY_TIME).record(started.elapsed());
                     counter!(names::KEYS_PRESENT).increment(applied.deleted);
@@ -241,9 +257,7 @@ impl Shared {
             }
             if kept_alive.elapsed() >= self.config.ack_wait / 3 {
                 kept_alive = Instant::now();
-                for message in &batch.messages {
-                    let _ = message.ack_with(AckKind::Progress).await;
-                }
+                batch.keep_alive().await;
             }
         }
         if retry.attempts() > 0 {
@@ -262,11 +276,19 @@ impl Shared {
 }
 
 impl Batch {
+    /// Tells NATS that the messages are still being worked on.
+    async fn keep_alive(&self) {
+        for message in &self.messages {
+            let _ = message.ack_with(AckKind::Progress).await;
+        }
+    }
+
     fn count(&self) {
         gauge!(names::REDIS_UP).set(1.0);
         counter!(names::MESSAGES, "result" => "applied").increment(self.messages.len() as u64);
         counter!(names::EVENTS_APPLIED).increment(self.events);
         counter!(names::KEYS_INVALIDATED).increment(self.work.keys() as u64);
+        counter!(names::NAMESPACES_INVALIDATED).increment(self.work.namespaces().len() as u64);
         let now = chrono::Utc::now().timestamp_micros();
         for oldest in &self.oldest_us {
             let microseconds = now.saturating_sub(*oldest).max(0).cast_unsigned();

@@ -5,6 +5,7 @@ use event::CacheKey;
 
 use super::Redis;
 use super::batch::{Group, read};
+use super::flush::beginning_with;
 use super::lease::MAX_STALE;
 use crate::names::{Shard, guard, marks, parse_registry_member, stale};
 use crate::script::APPLY;
@@ -42,6 +43,8 @@ impl Redis {
     /// transactions of the batch still have. One round trip per server; a second one only if there are such marks or
     /// stale copies.
     ///
+    /// Namespaces of the batch are searched for in the whole cache, in steps: that takes as long as it takes.
+    ///
     /// When it returns without an error every key of the batch is invalidated on the master. Doing it again does no
     /// harm, so after an error the whole batch is simply repeated.
     ///
@@ -63,6 +66,10 @@ impl Redis {
         self.limit_stale_copies(&with_stale_copies).await?;
         let to_remove = marks_to_remove(work, &registries);
         applied.unmarked = self.remove_marks(&to_remove).await?;
+        if !work.namespaces().is_empty() {
+            let namespaces: Vec<_> = work.namespaces().iter().map(beginning_with).collect();
+            applied.deleted += self.delete_matching(&namespaces).await?;
+        }
         Ok(applied)
     }
 

@@ -1,4 +1,5 @@
 use deadpool_redis::redis::{Cmd, Pipeline};
+use event::CacheKey;
 
 use super::Redis;
 use super::batch::read;
@@ -7,6 +8,19 @@ use crate::{RedisError, names};
 
 /// Names looked at per step of a scan: about a millisecond of the server's time.
 const NAMES_PER_STEP: usize = 1_000;
+
+/// Glob that matches the keys that begin with `namespace`, whatever characters it has.
+pub(super) fn beginning_with(namespace: &CacheKey) -> String {
+    let mut pattern = String::with_capacity(namespace.as_str().len() + 8);
+    for character in namespace.as_str().chars() {
+        if matches!(character, '*' | '?' | '[' | ']' | '\\') {
+            pattern.push('\\');
+        }
+        pattern.push(character);
+    }
+    pattern.push('*');
+    pattern
+}
 
 impl Redis {
     /// Deletes every value whose key matches one of the glob `patterns`, with the leases and stale copies of such keys,

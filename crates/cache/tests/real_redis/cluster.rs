@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use cache::{Acquired, Applied, Cache, CacheConfig, Fill, LeaseToken, Options, Redis};
 use devstack::{RedisCluster, eventually};
-use event::CacheKey;
+use event::{CacheKey, Change};
 
 use crate::reader::{Loads, find};
-use crate::support::{MINUTE, SOON, connect, deleted, granted, key, plain, updated, work};
+use crate::support::{MINUTE, SOON, committed, connect, deleted, granted, key, plain, updated, work};
 
 struct Nodes {
     cluster: RedisCluster,
@@ -181,4 +181,22 @@ async fn when_a_replica_takes_over_invalidations_go_on_and_the_change_is_noticed
     let after = eventually(SOON, async || nodes.redis.instances().await).await;
     assert_eq!(after.len(), 3);
     assert_ne!(before, after);
+}
+
+#[tokio::test]
+async fn a_namespace_is_invalidated_on_every_master() {
+    let nodes = Nodes::start(3, 0).await;
+    let (redis, keys) = (&nodes.redis, keys());
+    let mut leases = Vec::new();
+    for key in &keys {
+        leases.push(granted(redis.acquire(key, LeaseToken::generate(), MINUTE, false).await.unwrap()));
+    }
+    let namespace = committed(&[&key("user:")], Change::Namespace, &[7]);
+    redis.apply(&work([namespace])).await.unwrap();
+    for (key, lease) in keys.iter().zip(&leases) {
+        let filled = redis.fill(key, lease, plain("old")).await.unwrap();
+        assert_eq!(filled, !key.as_str().starts_with("user:"), "{key}");
+    }
+    let namespace = committed(&[&key("{tenant}:")], Change::Namespace, &[8]);
+    assert_eq!(redis.apply(&work([namespace])).await.unwrap().deleted, 10);
 }

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use crate::support::{Bed, key};
+use event::Change;
+
+use crate::support::{Bed, committed, key, work};
 
 impl Bed {
     async fn names(&self) -> BTreeSet<String> {
@@ -63,4 +65,38 @@ async fn no_pattern_reaches_the_bookkeeping() {
     let patterns = ["*", "\u{1f}*", "\u{1f}marks", "\u{1f}m{k}", "?position:*"].map(Into::into);
     assert_eq!(bed.redis.delete_matching(&patterns).await.unwrap(), 0);
     assert_eq!(bed.names().await, before);
+}
+
+#[tokio::test]
+async fn a_namespace_is_every_key_that_begins_so_and_no_other() {
+    let bed = Bed::new().await;
+    let beginnings = ["user:", "u*er:", "[a]:", "a?\\:", "{tenant}:"];
+    for beginning in beginnings {
+        for text in [format!("{beginning}1"), beginning.to_owned()] {
+            bed.raw(&["SET", &text, "v"]).await;
+        }
+    }
+    for other in ["my user:1", "use", "uxer:1", "a:1", "ab\\:1", "tenant:1"] {
+        bed.raw(&["SET", other, "v"]).await;
+    }
+    let others = bed.names().await.len() - 2 * beginnings.len();
+    for beginning in beginnings {
+        let applied = bed.redis.apply(&work([committed(&[&key(beginning)], Change::Namespace, &[7])])).await;
+        assert_eq!(applied.unwrap().deleted, 2, "{beginning}");
+    }
+    assert_eq!(bed.names().await.len(), others);
+}
+
+#[tokio::test]
+async fn a_fill_in_flight_while_its_namespace_is_invalidated_is_refused() {
+    let bed = Bed::new().await;
+    for text in ["user:1", "user:{7}", "user:}", "user:{}x"] {
+        let key = key(text);
+        let lease = bed.grant(&key).await;
+        bed.redis.apply(&work([committed(&[&self::key("user:")], Change::Namespace, &[7])])).await.unwrap();
+        assert!(!bed.fill(&key, &lease, "from before the truncate").await, "{text}");
+        assert!(!bed.exists(text).await);
+        let lease = bed.grant(&key).await;
+        assert!(bed.fill(&key, &lease, "from after it").await, "{text}");
+    }
 }

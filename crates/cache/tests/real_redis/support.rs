@@ -82,7 +82,7 @@ pub(crate) fn updated(key: &CacheKey, value: &str, version: i64, xid: u64) -> Co
     committed(&[key], Change::update(value.into(), version, MINUTE).unwrap(), &[xid])
 }
 
-fn committed(keys: &[&CacheKey], change: Change, xids: &[u64]) -> CommittedEvent {
+pub(crate) fn committed(keys: &[&CacheKey], change: Change, xids: &[u64]) -> CommittedEvent {
     let keys = keys.iter().copied().cloned().collect();
     let xids = xids.to_vec();
     CommittedEvent { id: EventId::generate(), keys, change, xids, at_us: 0, traceparent: None }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use cache::{Redis, RedisError};
 use event::{CacheKey, Event};
 
+use super::exact_keys;
 use crate::Xid;
 
 /// How often to try to mark. Connections that died unnoticed, as all do when Redis restarts, should not fail a write:
@@ -38,7 +39,7 @@ impl Marks {
     /// [`Receipt::xid`](crate::Receipt::xid). Does nothing yet.
     #[must_use]
     pub fn new(redis: Redis, events: &[Event], xid: Xid) -> Self {
-        let distinct: BTreeSet<_> = events.iter().flat_map(Event::keys).collect();
+        let distinct: BTreeSet<_> = events.iter().flat_map(exact_keys).collect();
         Self { redis, keys: distinct.into_iter().cloned().collect(), xid }
     }
 

@@ -3,7 +3,7 @@ use event::Event;
 use sqlx::{Postgres, Transaction};
 
 use super::marks::within;
-use super::{CommitError, CommitLimits, Committed, Marks, commit, timed_out};
+use super::{CommitError, CommitLimits, Committed, Marks, commit, exact_keys, timed_out};
 use crate::{EnqueueError, Receipt, enqueue_all};
 
 /// Commits transactions together with their events and tells the cache. Cheap to clone; one per process is enough.
@@ -30,7 +30,7 @@ impl Writer {
     /// returned finds an older value in the cache, not even for a moment.
     ///
     /// `events` must name every key that the transaction changes; only what is named here is marked, so an event that
-    /// was enqueued before, or by a trigger, is delivered in default mode. The transaction holds its locks during one
+    /// was enqueued before, or by a trigger, is delivered in default mode, and so are namespaces. The transaction holds its locks during one
     /// round trip to Redis.
     ///
     /// # Errors
@@ -81,7 +81,7 @@ impl Writer {
     ) -> Result<Committed, CommitError> {
         let receipts = self.enqueue(&mut tx, events).await?;
         commit(tx, self.limits.database).await?;
-        let keys: Vec<_> = events.iter().flat_map(Event::keys).cloned().collect();
+        let keys: Vec<_> = events.iter().flat_map(exact_keys).cloned().collect();
         let redis = self.redis.clone();
         let invalidation = async move { redis.invalidate(&keys).await.map(drop) };
         let invalidated = within(self.limits.finish, invalidation).await;
