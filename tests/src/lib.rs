@@ -7,4 +7,4 @@ mod daemon;
 mod pair;
 
 pub use daemon::{Daemon, program};
-pub use pair::{Pair, PairOptions};
+pub use pair::{Pair, PairOptions, SETTLED};

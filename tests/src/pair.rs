@@ -15,6 +15,10 @@ pub const SETTLED: Duration = Duration::from_secs(90);
 pub struct PairOptions {
     /// The servers.
     pub stack: StackOptions,
+    /// SQL that runs before the daemons start.
+    pub schema: &'static str,
+    /// Rules file of the relays; empty for none.
+    pub rules: &'static str,
     /// More environment for the relays.
     pub relay: Vec<(&'static str, String)>,
     /// More environment for the subscribers.
@@ -52,6 +56,12 @@ impl Pair {
         let stack = Stack::start(std::mem::take(&mut options.stack)).await?;
         let pool = PgPoolOptions::new().max_connections(20).connect(&stack.postgres_url()).await?;
         outbox::migrate(&pool).await?;
+        sqlx::raw_sql(options.schema).execute(&pool).await?;
+        if !options.rules.is_empty() {
+            let file = stack.directory().path().join("rules.toml");
+            std::fs::write(&file, options.rules)?;
+            options.relay.push(("RELAY_RULES", file.display().to_string()));
+        }
         let relay = spawn_relay(&stack, &options.relay)?;
         let subscriber = spawn_subscriber(&stack, &options.subscriber)?;
         relay.until_ready().await;

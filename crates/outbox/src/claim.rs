@@ -136,30 +136,7 @@ impl Claim {
     /// # Errors
     /// Whatever the database says.
     pub async fn set_aside(&mut self, poison: &[Poison]) -> Result<(), sqlx::Error> {
-        for Poison { row, reason } in poison {
-            sqlx::query(
-                "insert into outbox.dead_letters
-                    (id, seq, topic, keys, value, version, ttl_ms, xid, traceparent, created_at, namespace, reason)
-                 values ($1, $2, $3, $4, $5, $6, $7, $8::text::xid8, $9, $10, $11, $12)
-                 on conflict (id) do update set seq = excluded.seq, reason = excluded.reason, dead_at = clock_timestamp()",
-            )
-            .persistent(self.prepared)
-            .bind(row.id)
-            .bind(row.seq)
-            .bind(&row.topic)
-            .bind(&row.keys)
-            .bind(&row.value)
-            .bind(row.version)
-            .bind(row.ttl_ms)
-            .bind(row.xid.to_string())
-            .bind(&row.traceparent)
-            .bind(row.created_at)
-            .bind(row.namespace)
-            .bind(reason)
-            .execute(&mut *self.tx)
-            .await?;
-        }
-        Ok(())
+        set_aside(&mut self.tx, self.prepared, poison).await
     }
 
     /// Makes the deletion final. Only after every event in hand was acknowledged or set aside.
@@ -181,6 +158,38 @@ impl Claim {
     pub(crate) fn connection(&mut self) -> (&mut PgConnection, bool) {
         (&mut self.tx, self.prepared)
     }
+}
+
+/// Moves events that can never be published to `outbox.dead_letters`.
+pub(crate) async fn set_aside(
+    connection: &mut PgConnection,
+    prepared: bool,
+    poison: &[Poison],
+) -> Result<(), sqlx::Error> {
+    for Poison { row, reason } in poison {
+        sqlx::query(
+            "insert into outbox.dead_letters
+                (id, seq, topic, keys, value, version, ttl_ms, xid, traceparent, created_at, namespace, reason)
+             values ($1, $2, $3, $4, $5, $6, $7, $8::text::xid8, $9, $10, $11, $12)
+             on conflict (id) do update set seq = excluded.seq, reason = excluded.reason, dead_at = clock_timestamp()",
+        )
+        .persistent(prepared)
+        .bind(row.id)
+        .bind(row.seq)
+        .bind(&row.topic)
+        .bind(&row.keys)
+        .bind(&row.value)
+        .bind(row.version)
+        .bind(row.ttl_ms)
+        .bind(row.xid.to_string())
+        .bind(&row.traceparent)
+        .bind(row.created_at)
+        .bind(row.namespace)
+        .bind(reason)
+        .execute(&mut *connection)
+        .await?;
+    }
+    Ok(())
 }
 
 impl Poison {

@@ -80,7 +80,8 @@ pub async fn count(pool: &PgPool) -> Result<i64, sqlx::Error> {
 pub async fn replay(pool: &PgPool, ids: Option<&[EventId]>) -> Result<u64, sqlx::Error> {
     let done = sqlx::query(
         "with back as (
-            delete from outbox.dead_letters where $1::uuid[] is null or id = any($1) returning *)
+            delete from outbox.dead_letters
+            where ($1::uuid[] is null or id = any($1)) and cardinality(keys) > 0 returning *)
          insert into outbox.events (id, topic, keys, value, version, ttl_ms, xid, traceparent, created_at, namespace)
          select outbox.new_id(), topic, keys, value, version, ttl_ms, xid, traceparent, created_at, namespace from back",
     )

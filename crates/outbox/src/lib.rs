@@ -1,12 +1,14 @@
 #![doc = include_str!("../README.md")]
 
 pub mod backlog;
+pub mod capture;
 mod claim;
 #[cfg(feature = "cache")]
 mod commit;
 pub mod dead_letters;
 pub mod diagnosis;
 mod enqueue;
+pub mod log_event;
 mod migrate;
 pub mod outcome;
 pub mod retention;

@@ -64,25 +64,38 @@ impl Claim {
         envelopes: &[Published],
     ) -> Result<(), sqlx::Error> {
         let (connection, prepared) = self.connection();
-        let column = |of: fn(&Published) -> &str| envelopes.iter().map(of).collect::<Vec<_>>();
-        sqlx::query(
-            "insert into outbox.published
-                (half, stream_created, subject, message_id, traceparent, events, body, stream_seq)
-             select r.half, $1, e.* from outbox.retention r, unnest(
-                $2::text[], $3::text[], $4::text[], $5::integer[], $6::bytea[], $7::bigint[]) e",
-        )
-        .persistent(prepared)
-        .bind(created)
-        .bind(column(|envelope| &envelope.subject))
-        .bind(column(|envelope| &envelope.message_id))
-        .bind(envelopes.iter().map(|envelope| envelope.traceparent.as_deref()).collect::<Vec<_>>())
-        .bind(envelopes.iter().map(|envelope| envelope.events).collect::<Vec<_>>())
-        .bind(envelopes.iter().map(|envelope| envelope.body.as_ref()).collect::<Vec<_>>())
-        .bind(envelopes.iter().map(|envelope| envelope.stream_seq).collect::<Vec<_>>())
-        .execute(connection)
-        .await
-        .map(drop)
+        retain(connection, prepared, created, envelopes).await
     }
+}
+
+/// Keeps acknowledged envelopes.
+pub(crate) async fn retain(
+    connection: &mut PgConnection,
+    prepared: bool,
+    created: DateTime<Utc>,
+    envelopes: &[Published],
+) -> Result<(), sqlx::Error> {
+    if envelopes.is_empty() {
+        return Ok(());
+    }
+    let column = |of: fn(&Published) -> &str| envelopes.iter().map(of).collect::<Vec<_>>();
+    sqlx::query(
+        "insert into outbox.published
+            (half, stream_created, subject, message_id, traceparent, events, body, stream_seq)
+         select r.half, $1, e.* from outbox.retention r, unnest(
+            $2::text[], $3::text[], $4::text[], $5::integer[], $6::bytea[], $7::bigint[]) e",
+    )
+    .persistent(prepared)
+    .bind(created)
+    .bind(column(|envelope| &envelope.subject))
+    .bind(column(|envelope| &envelope.message_id))
+    .bind(envelopes.iter().map(|envelope| envelope.traceparent.as_deref()).collect::<Vec<_>>())
+    .bind(envelopes.iter().map(|envelope| envelope.events).collect::<Vec<_>>())
+    .bind(envelopes.iter().map(|envelope| envelope.body.as_ref()).collect::<Vec<_>>())
+    .bind(envelopes.iter().map(|envelope| envelope.stream_seq).collect::<Vec<_>>())
+    .execute(connection)
+    .await
+    .map(drop)
 }
 
 /// Empties the older partition and lets it take its turn, if the present one has been filling for `window`. Says

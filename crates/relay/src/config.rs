@@ -1,4 +1,5 @@
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use service::nats::NatsOptions;
@@ -67,6 +68,10 @@ pub struct Config {
     #[arg(long, env = "RELAY_STARTUP_TIMEOUT", default_value = "30s", value_parser = parse_duration, global = true)]
     pub startup_timeout: Duration,
 
+    /// Capture from the write-ahead log.
+    #[command(flatten)]
+    pub capture: CaptureConfig,
+
     /// Logs, traces and draining.
     #[command(flatten)]
     pub service: ServiceOptions,
@@ -87,5 +92,76 @@ impl Config {
     #[must_use]
     pub fn retention(&self) -> Option<Duration> {
         (!self.retention.is_zero()).then_some(self.retention)
+    }
+}
+
+/// Where events come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Source {
+    /// The table `outbox.events`, where services and triggers enqueue.
+    Outbox,
+    /// The write-ahead log, by the rules.
+    Wal,
+}
+
+/// What to do when changes are missing from the slot for good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum GapPolicy {
+    /// Stop reading until somebody decides.
+    Halt,
+    /// Declare every key stale that the rules can name, and go on.
+    Flush,
+}
+
+impl GapPolicy {
+    /// As the option spells it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Halt => "halt",
+            Self::Flush => "flush",
+        }
+    }
+}
+
+/// Options of capture from the write-ahead log.
+#[derive(Debug, Clone, clap::Args)]
+pub struct CaptureConfig {
+    /// Where events come from: outbox, wal or outbox,wal
+    #[arg(
+        long = "source",
+        env = "RELAY_SOURCE",
+        default_value = "outbox",
+        value_delimiter = ',',
+        global = true
+    )]
+    pub sources: Vec<Source>,
+
+    /// File with the rules: which cache keys depend on which table
+    #[arg(long, env = "RELAY_RULES", global = true)]
+    pub rules: Option<PathBuf>,
+
+    /// Replication slot that --source wal reads; created if missing
+    #[arg(long, env = "RELAY_SLOT", default_value = "outbox_relay", global = true)]
+    pub slot: String,
+
+    /// Publication of the tables of the rules; created if missing
+    #[arg(long, env = "RELAY_PUBLICATION", default_value = "outbox_relay", global = true)]
+    pub publication: String,
+
+    /// What to do when changes are missing from the slot for good: halt, or flush every key the rules can name
+    #[arg(long, env = "RELAY_GAP_POLICY", default_value = "halt", global = true)]
+    pub gap_policy: GapPolicy,
+
+    /// Bytes of write-ahead log the slot may be behind before the relay is not ready and says so
+    #[arg(long, env = "RELAY_SLOT_LAG_LIMIT", default_value_t = 1_073_741_824, global = true)]
+    pub slot_lag_limit: u64,
+}
+
+impl CaptureConfig {
+    /// Whether events come from there.
+    #[must_use]
+    pub fn has(&self, source: Source) -> bool {
+        self.sources.contains(&source)
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod admin;
 mod answers;
+mod capture;
 mod config;
 pub mod database;
 mod gauges;
@@ -14,9 +15,15 @@ mod run;
 pub mod stream;
 mod worker;
 
-pub use config::Config;
+pub use config::{CaptureConfig, Config, GapPolicy, Source};
 pub use run::run;
 
 /// Places where fault tests stop the relay: with rows claimed, with messages published but rows not settled, and with
-/// everything done.
-pub const FAILPOINTS: &[&str] = &["relay.after_claim", "relay.after_publish", "relay.after_settle"];
+/// everything done; of the write-ahead log, with messages published, and with their position recorded but not confirmed.
+pub const FAILPOINTS: &[&str] = &[
+    "relay.after_claim",
+    "relay.after_publish",
+    "relay.after_settle",
+    "relay.wal_after_publish",
+    "relay.wal_after_settle",
+];

@@ -35,4 +35,19 @@ metrics! {
     describe_histogram SETTLE_TIME = "relay_settle_seconds", Seconds, "Time to retain the envelopes and commit";
     describe_counter REPUBLISHED = "relay_republished_messages_total", Count, "Retained messages published again because the stream had lost them";
     describe_counter STREAM_LOSSES = "relay_stream_losses_total", Count, "Times the stream was found to lack what it had acknowledged";
+    describe_gauge CAPTURE_ACTIVE = "relay_wal_active", Count, "1 while this relay reads the write-ahead log";
+    describe_gauge CAPTURE_LAG_BYTES = "relay_wal_slot_lag_bytes", Bytes, "Write-ahead log that is not confirmed to the slot";
+    describe_gauge CAPTURE_LAG_SECONDS = "relay_wal_slot_lag_seconds", Seconds, "For how long more than 1 MiB of it has not been confirmed";
+    describe_gauge CAPTURE_SLOT_LOST = "relay_wal_slot_lost", Count, "1 if Postgres has removed log that the slot needs";
+    describe_gauge CAPTURE_RECEIVED_LSN = "relay_wal_received_lsn", Bytes, "Position in the log up to which the server has sent";
+    describe_gauge CAPTURE_FLUSHED_LSN = "relay_wal_flushed_lsn", Bytes, "Position in the log before which everything is published";
+    describe_gauge CAPTURE_IN_FLIGHT = "relay_wal_in_flight", Count, "Parts of transactions that were read and are not settled";
+    describe_counter CAPTURE_CHANGES = "relay_wal_changes_total", Count, "Changes decoded: rows, truncations and logical messages";
+    describe_counter CAPTURE_UNWATCHED = "relay_wal_unwatched_changes_total", Count, "Of these, changes that invalidate nothing by the rules";
+    describe_counter CAPTURE_UNKNOWN = "relay_wal_unknown_changes_total", Count, "Changes without the values that their keys are made of; namespaces were invalidated instead";
+    describe_counter CAPTURE_REFUSED_KEYS = "relay_wal_refused_keys_total", Count, "Keys that no cache key can be, and so were skipped";
+    describe_counter CAPTURE_RECONNECTS = "relay_wal_reconnects_total", Count, "Times reading the log was interrupted";
+    describe_counter CAPTURE_GAPS = "relay_wal_gaps_total", Count, "Times changes were missing from the slot for good, by policy";
+    describe_histogram CAPTURE_GATE_WAIT = "relay_wal_gate_wait_seconds", Seconds, "How long transactions that were not visible at first had to wait";
+    describe_histogram CAPTURE_KEYS = "relay_wal_keys", Count, "Distinct keys of a transaction, or of a part of a large one";
 }

@@ -2,17 +2,24 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream;
+use rules::Rules;
 use service::nats::Nats;
-use service::{Health, HttpServer, Limits, Metrics, Shutdown, drain};
+use service::{Health, HttpServer, Limits, Metrics, Shutdown, UsageError, drain};
 use tokio::sync::{Notify, watch};
 use tokio_util::task::TaskTracker;
+use wal::session::Settings;
 
+use crate::capture::{self, Capture};
+use crate::config::Source;
 use crate::keeper::Keeper;
 use crate::worker::{self, Shared};
 use crate::{Config, answers, database, gauges, stream};
 
 /// Connections besides those of the workers: keeper, gauges, answers.
 const EXTRA_CONNECTIONS: u32 = 2;
+
+/// Connections of the reader of the log: gate, settling, monitor.
+const CAPTURE_CONNECTIONS: u32 = 3;
 
 /// Without a turn of its loop for this long a component is not ready.
 const STALL_AFTER: Duration = Duration::from_secs(30);
@@ -27,8 +34,14 @@ const DEAD_AFTER: Duration = Duration::from_mins(5);
 /// out.
 pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     let url = config.database_url()?;
-    let pool = database::connect(url, config.workers + EXTRA_CONNECTIONS, config.startup_timeout).await?;
+    let wal = config.capture.has(Source::Wal).then(|| prepare_capture(&config)).transpose()?;
+    let connections =
+        config.workers + EXTRA_CONNECTIONS + if wal.is_some() { CAPTURE_CONNECTIONS } else { 0 };
+    let pool = database::connect(url, connections, config.startup_timeout).await?;
     database::check_schema(&pool, url).await?;
+    if let Some((rules, _)) = &wal {
+        capture::preflight(&pool, &config.capture, rules).await?;
+    }
     let nats = Nats::connect(&config.nats, "relay", config.startup_timeout).await?;
     let jetstream = jetstream_context(&nats, &config);
     stream::ensure(&jetstream, &config, nats.client.server_info().max_payload).await?;
@@ -60,11 +73,23 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     });
     let tasks = TaskTracker::new();
     tasks.spawn(keeper.run(health.component("stream", limits), shutdown.clone()));
-    tasks.spawn(worker::poll(Arc::clone(&shared), health.component("poll", limits), shutdown.clone()));
-    for helper in 1..config.workers {
-        let component = health.component("help", limits);
-        component.ready();
-        tasks.spawn(worker::help(Arc::clone(&shared), component, helper == 1, shutdown.clone()));
+    if config.capture.has(Source::Outbox) {
+        tasks.spawn(worker::poll(Arc::clone(&shared), health.component("poll", limits), shutdown.clone()));
+        for helper in 1..config.workers {
+            let component = health.component("help", limits);
+            component.ready();
+            tasks.spawn(worker::help(Arc::clone(&shared), component, helper == 1, shutdown.clone()));
+        }
+    }
+    if let Some((rules, settings)) = wal {
+        let capture = Arc::new(Capture {
+            shared: Arc::clone(&shared),
+            config: config.capture.clone(),
+            rules,
+            settings,
+        });
+        tasks.spawn(capture::run(Arc::clone(&capture), health.component("wal", limits), shutdown.clone()));
+        tasks.spawn(capture::monitor(capture, health.component("slot", limits), shutdown.clone()));
     }
     tasks.spawn(gauges::run(pool.clone(), shutdown.clone()));
     tasks.spawn(answer(pool.clone(), nats.clone(), shutdown.clone()));
@@ -77,6 +102,19 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     http.stop().await;
     pool.close().await;
     Ok(())
+}
+
+/// Everything about the reader of the log that can be wrong without asking anybody.
+fn prepare_capture(config: &Config) -> anyhow::Result<(Arc<Rules>, Settings)> {
+    let Some(file) = &config.capture.rules else {
+        let missing = "RELAY_RULES (--rules) is not set; --source wal needs the rules file";
+        return Err(UsageError(missing.to_owned()).into());
+    };
+    let rules = Arc::new(Rules::load(file)?);
+    wal::check_name(&config.capture.slot)?;
+    wal::check_name(&config.capture.publication)?;
+    let settings = Settings::parse(config.database_url()?, "relay-wal")?;
+    Ok((rules, settings))
 }
 
 async fn answer(pool: sqlx::PgPool, nats: Nats, shutdown: Shutdown) {

@@ -288,7 +288,7 @@ async fn set_aside(claim: &mut Claim, poison: &[Poison]) -> Result<(), CycleErro
     Ok(claim.set_aside(poison).await?)
 }
 
-fn seconds_since(at_us: i64) -> f64 {
+pub(crate) fn seconds_since(at_us: i64) -> f64 {
     let microseconds = chrono::Utc::now().timestamp_micros().saturating_sub(at_us).max(0);
     Duration::from_micros(microseconds.cast_unsigned()).as_secs_f64()
 }

@@ -12,3 +12,4 @@ mod redis_faults;
 mod resolver;
 mod strict;
 mod tidy;
+mod wal;

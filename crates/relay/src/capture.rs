@@ -1,0 +1,162 @@
+//! Capture from the write-ahead log: reads a slot, waits until each transaction is visible, publishes what it
+//! invalidates, and confirms the position.
+//!
+//! One relay reads a slot at a time; the others stand by and take over when it is gone. Three stages work side by side:
+//! the reader decodes, the pump publishes, and what is published is settled in Postgres before the slot hears of it.
+
+mod events;
+mod gap;
+mod monitor;
+mod opening;
+mod pump;
+mod reader;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use metrics::{counter, gauge};
+use rules::Rules;
+use service::{Backoff, Component, Shutdown};
+use wal::session::{SessionError, Settings};
+
+use crate::config::CaptureConfig;
+use crate::metrics as names;
+use crate::worker::Shared;
+
+use opening::{OpenError, Opened};
+use pump::{Pump, PumpError};
+use reader::{ReadEnd, ReadError};
+
+pub use monitor::monitor;
+pub use opening::preflight;
+
+/// Pauses before the log is read again after a failure.
+const MIN_RETRY_DELAY: Duration = Duration::from_millis(100);
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(5);
+
+/// How often a relay that stands by looks whether the slot is free; each time a little earlier or later.
+const STANDBY_INTERVAL: Duration = Duration::from_millis(700);
+
+/// How often a halted reader looks whether somebody has decided.
+const HALT_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How long what was read before a shutdown may take to be published.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// Less than this behind is caught up: a reader at work leaves a little log unconfirmed.
+const CAUGHT_UP_BYTES: u64 = 1024 * 1024;
+
+/// What the reader of the log needs.
+#[derive(Debug)]
+pub struct Capture {
+    /// What all sources share.
+    pub shared: Arc<Shared>,
+    /// Options.
+    pub config: CaptureConfig,
+    /// Which keys depend on which table.
+    pub rules: Arc<Rules>,
+    /// How to connect for replication.
+    pub settings: Settings,
+}
+
+/// Why the log is not read at the moment.
+#[derive(Debug, thiserror::Error)]
+enum CaptureError {
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    #[error(transparent)]
+    Pump(#[from] PumpError),
+}
+
+/// Runs until shutdown is requested, with everything confirmed that was published.
+pub async fn run(capture: Arc<Capture>, health: Component, shutdown: Shutdown) {
+    let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
+    let mut standby = Backoff::new(STANDBY_INTERVAL, STANDBY_INTERVAL);
+    let mut streaming = true;
+    while !shutdown.is_requested() {
+        gauge!(names::CAPTURE_ACTIVE).set(0.0);
+        let pause = match read_on(&capture, streaming, &health, &shutdown).await {
+            Ok(()) => continue,
+            Err(CaptureError::Open(OpenError::Session(SessionError::SlotActive(_)))) => {
+                tracing::debug!(slot = capture.config.slot, "another relay reads the slot; standing by");
+                retry.reset();
+                health.ready();
+                health.idle();
+                standby.next_delay()
+            }
+            Err(CaptureError::Open(OpenError::Gap(gap))) => {
+                tracing::error!(
+                    slot = capture.config.slot,
+                    "{gap}; the write-ahead log is not read: decide with RELAY_GAP_POLICY=flush or \
+                     `relay slot accept-gap`"
+                );
+                health
+                    .not_ready(format!("{gap}; the write-ahead log is not read (RELAY_GAP_POLICY is halt)"));
+                HALT_INTERVAL
+            }
+            Err(CaptureError::Read(ReadError::TooManyKeys)) => {
+                tracing::warn!(
+                    "a huge transaction is open; reading transactions after their commit from here on"
+                );
+                streaming = false;
+                continue;
+            }
+            Err(error) => {
+                counter!(names::CAPTURE_RECONNECTS).increment(1);
+                let causes = causes(&error);
+                tracing::warn!(%error, causes, "the write-ahead log is not read; trying again");
+                health.not_ready(format!("{error}{causes}"));
+                retry.next_delay()
+            }
+        };
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = shutdown.requested() => {}
+        }
+    }
+}
+
+/// Reads the log for as long as it goes well. `Ok` only after a shutdown was requested.
+async fn read_on(
+    capture: &Arc<Capture>,
+    streaming: bool,
+    health: &Component,
+    shutdown: &Shutdown,
+) -> Result<(), CaptureError> {
+    let Opened { stream, tables, .. } = opening::open(capture, streaming).await?;
+    tracing::info!(
+        slot = capture.config.slot,
+        publication = capture.config.publication,
+        "reading the write-ahead log"
+    );
+    gauge!(names::CAPTURE_ACTIVE).set(1.0);
+    health.ready();
+    let confirmer = stream.confirmer();
+    let (sender, receiver) = reader::channel();
+    let pump = Pump::new(Arc::clone(capture), confirmer, health.clone());
+    let mut pump = Box::pin(pump.run(receiver));
+    let reading = reader::read(stream, Arc::clone(&capture.rules), tables, sender, shutdown);
+    let end = tokio::select! {
+        end = reading => end?,
+        pumped = &mut pump => return Ok(pumped?),
+    };
+    // The reader has let go of its end, so the pump comes to an end when everything is published.
+    let ReadEnd { stream } = end;
+    if let Ok(pumped) = tokio::time::timeout(FAREWELL, pump).await {
+        pumped?;
+    }
+    stream.finish().await;
+    Ok(())
+}
+
+fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = String::new();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    text
+}

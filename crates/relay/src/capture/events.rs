@@ -1,0 +1,121 @@
+//! From parts of transactions to events. Pure.
+
+use event::{CacheKey, Change, CommittedEvent, EventId, MAX_NAMESPACES, Topic};
+use outbox::{Claimed, Poison, log_event};
+use uuid::{Builder, Uuid};
+use wal::{Commit, Piece};
+use xxhash_rust::xxh3::Xxh3;
+
+/// What a part of a transaction becomes.
+#[derive(Debug, Default)]
+pub(super) struct Events {
+    pub(super) events: Vec<Claimed>,
+    /// What can never be published.
+    pub(super) poison: Vec<Poison>,
+}
+
+/// The events of a part of the visible transaction `xid`. Read again, the same part gives the same events, so that
+/// JetStream knows them for duplicates.
+pub(super) fn of_piece(piece: Piece, xid: u64) -> Events {
+    let Piece { commit, topics, events: logged, .. } = piece;
+    let mut made = Events::default();
+    for (topic, changes) in topics {
+        if !changes.keys.is_empty() {
+            made.events.push(event(commit, xid, topic.clone(), changes.keys, Change::Delete));
+        }
+        for namespaces in changes.namespaces.chunks(MAX_NAMESPACES) {
+            made.events.push(event(commit, xid, topic.clone(), namespaces.to_vec(), Change::Namespace));
+        }
+    }
+    for content in logged {
+        match log_event::decode(&content, xid, commit.committed_at_us) {
+            Ok(claimed) => made.events.push(claimed),
+            Err(error) => {
+                // It names no key that could be believed; what it said is told by its place in the log.
+                let empty = event(commit, xid, Topic::default(), Vec::new(), Change::Delete);
+                made.poison.push(Poison::new(&empty, format!("{error} (commit at {})", commit.commit_lsn)));
+            }
+        }
+    }
+    made
+}
+
+/// Every key that begins with one of `namespaces` is stale, whatever transaction it was that is missing.
+pub(super) fn of_gap(topic: Topic, namespaces: Vec<CacheKey>) -> Claimed {
+    let event = CommittedEvent {
+        id: EventId::generate(),
+        keys: namespaces,
+        change: Change::Namespace,
+        xids: Vec::new(),
+        at_us: chrono::Utc::now().timestamp_micros(),
+        traceparent: None,
+    };
+    Claimed { seq: 0, topic, event }
+}
+
+fn event(commit: Commit, xid: u64, topic: Topic, keys: Vec<CacheKey>, change: Change) -> Claimed {
+    let id = identity(commit, xid, &topic, &keys, &change);
+    let event = CommittedEvent {
+        id,
+        keys,
+        change,
+        xids: vec![xid],
+        at_us: commit.committed_at_us,
+        traceparent: None,
+    };
+    Claimed { seq: 0, topic, event }
+}
+
+/// A UUID of version 7 from the time of the commit and a hash of the rest. The keys are part of it: a transaction may be
+/// cut into other parts when it is read again.
+fn identity(commit: Commit, xid: u64, topic: &Topic, keys: &[CacheKey], change: &Change) -> EventId {
+    let mut hash = Xxh3::new();
+    hash.update(&xid.to_le_bytes());
+    hash.update(&commit.commit_lsn.0.to_le_bytes());
+    hash.update(topic.as_str().as_bytes());
+    hash.update(&[u8::from(*change == Change::Namespace)]);
+    for key in keys {
+        hash.update(&[0]);
+        hash.update(key.as_str().as_bytes());
+    }
+    let milliseconds = u64::try_from(commit.committed_at_us / 1000).unwrap_or_default();
+    let random: [u8; 16] = hash.digest128().to_le_bytes();
+    let random = random.first_chunk::<10>().expect("16 bytes hold 10");
+    let id: Uuid = Builder::from_unix_timestamp_millis(milliseconds, random).into_uuid();
+    EventId(id)
+}
+
+#[cfg(test)]
+mod tests {
+    use wal::{Lsn, TopicChanges};
+
+    use super::*;
+
+    fn piece(keys: &[&str], logged: &[&str]) -> Piece {
+        let keys = keys.iter().map(|key| CacheKey::new(*key).unwrap()).collect();
+        Piece {
+            commit: Commit { xid: 7, commit_lsn: Lsn(500), committed_at_us: 1_700_000_000_000_000 },
+            end_lsn: Some(Lsn(600)),
+            topics: vec![(Topic::default(), TopicChanges { keys, namespaces: Vec::new() })],
+            events: logged.iter().map(|text| text.as_bytes().into()).collect(),
+            unknown: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_same_part_read_again_is_the_same_event_and_another_part_is_not() {
+        let id = |keys: &[&str]| of_piece(piece(keys, &[]), 7).events[0].event.id;
+        assert_eq!(id(&["a", "b"]), id(&["a", "b"]));
+        assert_ne!(id(&["a", "b"]), id(&["a"]));
+        assert_ne!(id(&["ab"]), id(&["a", "b"]));
+        assert_eq!(id(&["a"]).0.get_version_num(), 7);
+    }
+
+    #[test]
+    fn a_message_that_is_no_event_is_set_aside_and_the_rest_goes_on() {
+        let made = of_piece(piece(&["a"], &["nonsense"]), 9);
+        assert_eq!((made.events.len(), made.poison.len()), (1, 1));
+        assert_eq!(made.events[0].event.xids, [9]);
+        assert!(made.poison[0].reason.contains("0/1F4"), "{}", made.poison[0].reason);
+    }
+}

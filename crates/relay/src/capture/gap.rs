@@ -1,0 +1,140 @@
+//! Changes that the slot cannot give any more: found, and answered by the gap policy.
+
+use metrics::counter;
+use outbox::capture::{self as recorded, Position};
+use wal::session::Identity;
+use wal::slot::{self, SlotState};
+
+use super::Capture;
+use super::opening::{OpenError, position};
+use crate::config::GapPolicy;
+use crate::metrics as names;
+
+/// Why changes may be missing.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Gap {
+    /// The slot is gone.
+    #[error("the slot that was read does not exist any more{}", failover(*.0))]
+    Missing(bool),
+    /// Postgres has removed log that the slot needed.
+    #[error("the slot is lost: Postgres has removed log that was not read yet (max_slot_wal_keep_size)")]
+    Lost,
+    /// The slot has passed changes that were not published.
+    #[error("the slot is ahead of what was published: it was created again, or somebody else read it")]
+    Ahead,
+    /// This is another cluster.
+    #[error("this is another Postgres cluster than the one that was read")]
+    OtherCluster,
+}
+
+fn failover(failed_over: bool) -> &'static str {
+    if failed_over { " (Postgres has failed over to a server without it)" } else { "" }
+}
+
+/// Compares what was recorded with what is there.
+pub(super) fn find(before: Option<&Position>, slot: Option<&SlotState>, now: &Identity) -> Option<Gap> {
+    if slot.is_some_and(SlotState::is_lost) {
+        return Some(Gap::Lost);
+    }
+    // Nothing was read yet, so nothing is missing.
+    let before = before?;
+    if before.system_id != now.system_id {
+        return Some(Gap::OtherCluster);
+    }
+    match slot {
+        None => Some(Gap::Missing(before.timeline != now.timeline)),
+        Some(slot) if slot.confirmed.0 > before.confirmed => Some(Gap::Ahead),
+        Some(_) => None,
+    }
+}
+
+/// Carries out the gap policy: halts, or begins anew and declares every key stale that the rules can name.
+pub(super) async fn close(
+    capture: &Capture,
+    gap: Gap,
+    existing: Option<SlotState>,
+    identity: &Identity,
+) -> Result<(), OpenError> {
+    let policy = capture.config.gap_policy;
+    counter!(names::CAPTURE_GAPS, "policy" => policy.as_str()).increment(1);
+    if policy == GapPolicy::Halt {
+        return Err(gap.into());
+    }
+    let pool = &capture.shared.pool;
+    let name = &capture.config.slot;
+    let usable = existing.filter(|state| !state.is_lost());
+    let begins_at = match usable {
+        Some(state) => state.confirmed,
+        None => {
+            slot::discard(pool, name).await?;
+            slot::create(pool, name).await?
+        }
+    };
+    // In this order: what commits from here on is in the slot, what committed before is flushed. Until the new position
+    // is recorded the gap is found again.
+    flush(capture).await;
+    recorded::begin(pool, name, &position(identity, begins_at)).await?;
+    tracing::warn!(slot = name, "{gap}; every key that the rules can name was declared stale");
+    Ok(())
+}
+
+/// Publishes the namespaces of all rules.
+async fn flush(capture: &Capture) {
+    let mut events = Vec::new();
+    for table in capture.rules.tables() {
+        let namespaces = wal::namespaces(table);
+        if namespaces.is_empty() {
+            tracing::error!(
+                table = table.qualified_name(),
+                "the rules of the table name no namespace, so its keys cannot be flushed; flush the cache by hand"
+            );
+            continue;
+        }
+        events.push(super::events::of_gap(table.topic.clone(), namespaces));
+    }
+    let mut poison = Vec::new();
+    super::pump::publish_surely(&capture.shared, &events, &mut poison).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use wal::Lsn;
+
+    use super::*;
+
+    fn slot(confirmed: u64, wal_status: &str) -> SlotState {
+        SlotState {
+            plugin: "pgoutput".to_owned(),
+            database: "db".to_owned(),
+            active_pid: None,
+            wal_status: wal_status.to_owned(),
+            confirmed: Lsn(confirmed),
+            lag_bytes: 0,
+            retained_bytes: 0,
+            safe_bytes: None,
+        }
+    }
+
+    fn identity(system_id: &str, timeline: i64) -> Identity {
+        Identity { system_id: system_id.to_owned(), timeline, flushed: Lsn(500) }
+    }
+
+    #[test]
+    fn every_way_to_miss_changes_is_found_and_nothing_else() {
+        let before = Position { system_id: "a".to_owned(), timeline: 1, confirmed: 100 };
+        let find = |slot: Option<&SlotState>, now| find(Some(&before), slot, &now);
+        assert_eq!(find(Some(&slot(100, "reserved")), identity("a", 1)), None);
+        assert_eq!(find(Some(&slot(90, "extended")), identity("a", 1)), None, "it goes on from before");
+        assert_eq!(find(Some(&slot(101, "reserved")), identity("a", 1)), Some(Gap::Ahead));
+        assert_eq!(find(Some(&slot(100, "lost")), identity("a", 1)), Some(Gap::Lost));
+        assert_eq!(find(None, identity("a", 1)), Some(Gap::Missing(false)));
+        assert_eq!(find(None, identity("a", 2)), Some(Gap::Missing(true)));
+        assert_eq!(find(Some(&slot(100, "reserved")), identity("b", 1)), Some(Gap::OtherCluster));
+        assert_eq!(
+            find(Some(&slot(100, "reserved")), identity("a", 2)),
+            None,
+            "a slot that failed over as well"
+        );
+        assert_eq!(super::find(None, None, &identity("a", 1)), None, "the first start");
+    }
+}

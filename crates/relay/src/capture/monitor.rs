@@ -1,0 +1,85 @@
+//! Looks at the slot from outside: how much log it holds back, and whether it is about to be lost.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use metrics::gauge;
+use service::{Component, Shutdown};
+use wal::slot::{self, SlotState};
+
+use super::Capture;
+use crate::metrics as names;
+
+const INTERVAL: Duration = Duration::from_secs(2);
+
+/// In a database where nothing happens something is written to the log this often, if other databases have written more
+/// than [`HEARTBEAT_LAG_BYTES`] meanwhile: proof that the way through the log works from end to end.
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(10);
+const HEARTBEAT_LAG_BYTES: i64 = 1024 * 1024;
+
+/// Measures until shutdown is requested. The component is not ready while the slot is further behind than the limit.
+pub async fn monitor(capture: Arc<Capture>, health: Component, shutdown: Shutdown) {
+    let mut behind_since = None;
+    let mut heartbeat_at = Instant::now();
+    health.ready();
+    while !shutdown.is_requested() {
+        match slot::find(&capture.shared.pool, &capture.config.slot).await {
+            Ok(state) => {
+                judge(&capture, state.as_ref(), &mut behind_since, &health);
+                let lag = state.map_or(0, |state| state.lag_bytes);
+                if lag > HEARTBEAT_LAG_BYTES && heartbeat_at.elapsed() >= HEARTBEAT_INTERVAL {
+                    heartbeat_at = Instant::now();
+                    if let Err(error) = slot::heartbeat(&capture.shared.pool).await {
+                        tracing::debug!(%error, "could not write a heartbeat to the log");
+                    }
+                }
+            }
+            Err(error) => tracing::debug!(%error, "could not look at the slot"),
+        }
+        tokio::select! {
+            () = shutdown.requested() => {}
+            () = tokio::time::sleep(INTERVAL) => {}
+        }
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "exact up to 8 PiB of log")]
+fn judge(
+    capture: &Capture,
+    state: Option<&SlotState>,
+    behind_since: &mut Option<Instant>,
+    health: &Component,
+) {
+    let Some(state) = state else {
+        health.beat();
+        return;
+    };
+    let lag = u64::try_from(state.lag_bytes).unwrap_or(0);
+    // Caught up is less than what a working reader leaves unconfirmed.
+    if lag < crate::capture::CAUGHT_UP_BYTES {
+        *behind_since = None;
+    } else {
+        behind_since.get_or_insert_with(Instant::now);
+    }
+    gauge!(names::CAPTURE_LAG_BYTES).set(lag as f64);
+    gauge!(names::CAPTURE_LAG_SECONDS).set(behind_since.map_or(0.0, |since| since.elapsed().as_secs_f64()));
+    gauge!(names::CAPTURE_SLOT_LOST).set(f64::from(u8::from(state.is_lost())));
+    if state.is_lost() {
+        health.not_ready(format!("slot {} is lost", capture.config.slot));
+    } else if lag > capture.config.slot_lag_limit {
+        let reader =
+            state.active_pid.map_or("no relay reads it".to_owned(), |pid| format!("process {pid} reads it"));
+        tracing::error!(
+            slot = capture.config.slot,
+            lag_bytes = lag,
+            limit_bytes = capture.config.slot_lag_limit,
+            "the slot is further behind than RELAY_SLOT_LAG_LIMIT: {reader}"
+        );
+        health.not_ready(format!(
+            "slot {} is {lag} bytes behind, more than RELAY_SLOT_LAG_LIMIT; {reader}",
+            capture.config.slot
+        ));
+    } else {
+        health.ready();
+    }
+}

@@ -1,0 +1,139 @@
+use std::collections::HashMap;
+use std::time::Duration;
+
+use outbox::capture::{self as recorded, Position};
+use rules::Rules;
+use sqlx::PgPool;
+use wal::publication::{self, PublicationError};
+use wal::session::{ChangeStream, Identity, Session, SessionError, StreamOptions};
+use wal::slot::{self, ServerFacts, SlotError, SlotState};
+
+use super::Capture;
+use super::gap::{self, Gap};
+use crate::config::CaptureConfig;
+
+/// How long Postgres waits for a sign of life before it gives the slot to another relay. The relay speaks every second.
+const WAL_SENDER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long connecting may take.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why the log cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    #[error(transparent)]
+    Slot(#[from] SlotError),
+    #[error(transparent)]
+    Publication(#[from] PublicationError),
+    #[error("Postgres failed")]
+    Database(#[from] sqlx::Error),
+    #[error("this server is a standby; WAL capture reads from the primary")]
+    Standby,
+    #[error(transparent)]
+    Gap(#[from] Gap),
+}
+
+/// A stream that goes on where the last one ended.
+#[derive(Debug)]
+pub(super) struct Opened {
+    pub(super) stream: ChangeStream,
+    /// Object ids of the tables of the rules.
+    pub(super) tables: HashMap<u32, usize>,
+}
+
+/// What can be known to be wrong before anything runs: better an error now than a relay that is never ready.
+///
+/// # Errors
+/// [`OpenError`].
+pub async fn preflight(pool: &PgPool, config: &CaptureConfig, rules: &Rules) -> Result<(), OpenError> {
+    let facts = slot::server_facts(pool).await?;
+    if facts.is_standby {
+        return Err(OpenError::Standby);
+    }
+    if facts.wal_level != "logical" {
+        return Err(SlotError::WalLevel(facts.wal_level).into());
+    }
+    publication::ensure(pool, &config.publication, rules).await?;
+    Ok(())
+}
+
+/// Makes publication and slot ready, makes sure that nothing is missing since the log was last read, and begins.
+pub(super) async fn open(capture: &Capture, streaming: bool) -> Result<Opened, OpenError> {
+    let pool = &capture.shared.pool;
+    let config = &capture.config;
+    let facts = slot::server_facts(pool).await?;
+    if facts.is_standby {
+        return Err(OpenError::Standby);
+    }
+    // Read before the slot and again after it: meanwhile another relay may create the slot, or read on and die.
+    let known = recorded::position(pool, &config.slot).await?;
+    let existing = slot::find(pool, &config.slot).await?;
+    if let Some(state) = &existing {
+        slot::check(&config.slot, state, &facts)?;
+        if let Some(pid) = state.active_pid {
+            return Err(SessionError::SlotActive(format!("process {pid}")).into());
+        }
+    }
+    // Before the slot: what is decoded is looked up in the catalog as it was at that point of the log.
+    let tables = publication::ensure(pool, &config.publication, &capture.rules).await?;
+    let mut session = Session::open(&capture.settings, WAL_SENDER_TIMEOUT, CONNECT_PATIENCE).await?;
+    let identity = session.identify().await?;
+    let before = match known {
+        Some(_) => recorded::position(pool, &config.slot).await?,
+        None => None,
+    };
+    ready_slot(capture, &facts, before, existing, &identity).await?;
+    let options = StreamOptions {
+        slot: &config.slot,
+        publication: &config.publication,
+        server_version: facts.version,
+        streaming,
+    };
+    let stream = session.start(&options).await?;
+    Ok(Opened { stream, tables })
+}
+
+/// After this the slot exists, and everything it has passed is published or, by the gap policy, flushed.
+async fn ready_slot(
+    capture: &Capture,
+    facts: &ServerFacts,
+    before: Option<Position>,
+    existing: Option<SlotState>,
+    identity: &Identity,
+) -> Result<(), OpenError> {
+    let pool = &capture.shared.pool;
+    let name = &capture.config.slot;
+    let found = gap::find(before.as_ref(), existing.as_ref(), identity);
+    if let Some(gap) = found {
+        return gap::close(capture, gap, existing, identity).await;
+    }
+    let begins_at = match existing {
+        Some(state) => state.confirmed,
+        None => {
+            warn_of_limits(facts);
+            let begins_at = slot::create(pool, name).await?;
+            tracing::info!(slot = name, position = %begins_at, "created the slot; changes are captured from here on");
+            begins_at
+        }
+    };
+    let unchanged =
+        before.is_some_and(|before| before.timeline == identity.timeline && before.confirmed >= begins_at.0);
+    if !unchanged {
+        recorded::begin(pool, name, &position(identity, begins_at)).await?;
+    }
+    Ok(())
+}
+
+pub(super) fn position(identity: &Identity, confirmed: wal::Lsn) -> Position {
+    Position { system_id: identity.system_id.clone(), timeline: identity.timeline, confirmed: confirmed.0 }
+}
+
+fn warn_of_limits(facts: &ServerFacts) {
+    if facts.keep_limit_mb.is_none() {
+        tracing::warn!(
+            "max_slot_wal_keep_size is not set: while no relay reads the slot, Postgres keeps log until the disk is full"
+        );
+    }
+}

@@ -1,0 +1,274 @@
+//! From messages to what committed transactions invalidate. Pure: no clock, no connection.
+
+mod pending;
+mod pieces;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use pgwire_replication::Lsn;
+use rules::{Image, MissingValue, Rules, TableRules};
+
+use crate::pgoutput::{DecodeError, Message, OldTuple, Relation, Tuple, decode};
+use crate::row::Row;
+
+use pending::Pending;
+use pieces::Draining;
+
+pub use pieces::{Commit, Piece, TopicChanges};
+
+/// Prefix of the logical messages that are events of an outbox without a table.
+pub const OUTBOX_PREFIX: &str = "outbox";
+
+/// Memory that the keys of open transactions may take, all together. About a million keys.
+pub const MAX_HELD_BYTES: usize = 36 * 1024 * 1024;
+
+/// Why the stream cannot go on as it is.
+#[derive(Debug, thiserror::Error)]
+pub enum AssemblyError {
+    /// A message cannot be read.
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+    /// Messages come in an order that the protocol does not allow.
+    #[error("pgoutput sent {0} where it does not belong")]
+    OutOfOrder(&'static str),
+    /// Open transactions name more keys than are kept. Read on without streaming: the server then sends every
+    /// transaction after its commit, and nothing has to be kept.
+    #[error("open transactions name more keys than fit in {MAX_HELD_BYTES} bytes")]
+    TooManyKeys,
+}
+
+/// What was seen, for the metrics.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    /// Changed rows, truncations and logical messages.
+    pub changes: u64,
+    /// Of these, changes that no rule watches.
+    pub unwatched: u64,
+    /// Keys that no cache key can be, and so were skipped.
+    pub refused_keys: u64,
+}
+
+/// Puts transactions together.
+#[derive(Debug)]
+pub struct Assembler {
+    rules: Arc<Rules>,
+    /// Which table of the rules a relation was when the reader started: a table that is renamed keeps its rules.
+    known: HashMap<u32, usize>,
+    relations: HashMap<u32, Watched>,
+    /// The transaction that is being received, which has committed.
+    open: Option<(Commit, Pending)>,
+    /// Open transactions, each with its subtransactions.
+    streamed: HashMap<u32, HashMap<u32, Pending>>,
+    /// The one whose changes are being received.
+    streaming: Option<u32>,
+    held_bytes: usize,
+    draining: Option<Draining>,
+    seen: Seen,
+}
+
+#[derive(Debug)]
+struct Watched {
+    relation: Relation,
+    /// Index of its rules.
+    table: Option<usize>,
+}
+
+impl Assembler {
+    /// An assembler for one session. `known` maps object ids of tables to their rules.
+    #[must_use]
+    pub fn new(rules: Arc<Rules>, known: HashMap<u32, usize>) -> Self {
+        Self {
+            rules,
+            known,
+            relations: HashMap::new(),
+            open: None,
+            streamed: HashMap::new(),
+            streaming: None,
+            held_bytes: 0,
+            draining: None,
+            seen: Seen::default(),
+        }
+    }
+
+    /// Takes one message. After each, [`Assembler::next_piece`] is to be asked until it has nothing.
+    ///
+    /// # Errors
+    /// [`AssemblyError`]; the assembler is of no use after one.
+    pub fn feed(&mut self, message: &[u8]) -> Result<(), AssemblyError> {
+        match decode(message, self.streaming.is_some())? {
+            Message::Begin { xid, commit_lsn, committed_at } => {
+                let commit = Commit { xid, commit_lsn, committed_at_us: unix(committed_at) };
+                self.open = Some((commit, Pending::default()));
+            }
+            Message::Commit { end_lsn } => {
+                let (commit, pending) = self.open.take().ok_or(AssemblyError::OutOfOrder("a commit"))?;
+                self.drain(commit, end_lsn, vec![pending]);
+            }
+            Message::StreamStart { xid } => self.streaming = Some(xid),
+            Message::StreamStop => self.streaming = None,
+            Message::StreamCommit { xid, commit_lsn, end_lsn, committed_at } => {
+                let commit = Commit { xid, commit_lsn, committed_at_us: unix(committed_at) };
+                let parts = self.streamed.remove(&xid).unwrap_or_default();
+                let parts: Vec<_> = parts.into_values().collect();
+                self.held_bytes -= parts.iter().map(Pending::bytes).sum::<usize>();
+                self.drain(commit, end_lsn, parts);
+            }
+            Message::StreamAbort { xid, subxid } => self.abort(xid, subxid),
+            Message::Relation(relation) => self.learn(relation),
+            Message::Insert { xid, relation, new } => self.change(xid, relation, None, Some(new))?,
+            Message::Update { xid, relation, old, new } => self.change(xid, relation, old, Some(new))?,
+            Message::Delete { xid, relation, old } => self.change(xid, relation, Some(old), None)?,
+            Message::Truncate { xid, relations } => self.truncate(xid, &relations)?,
+            Message::Logical { xid, transactional, prefix, content } => {
+                if transactional && prefix == OUTBOX_PREFIX {
+                    self.seen.changes += 1;
+                    let content = content.into();
+                    self.pending(xid, |pending| pending.add_event(content))?;
+                }
+            }
+            Message::Ignored => {}
+        }
+        Ok(())
+    }
+
+    /// The next part of what has committed, if there is one. Parts of a transaction that comes after its commit are
+    /// given away before all of it was received.
+    pub fn next_piece(&mut self) -> Option<Piece> {
+        if let Some(draining) = &mut self.draining {
+            let piece = draining.next();
+            if piece.is_last() {
+                self.draining = None;
+            }
+            return Some(piece);
+        }
+        let (commit, pending) = self.open.as_mut().filter(|(_, pending)| pending.is_full())?;
+        let pending = std::mem::take(pending);
+        Some(Piece::of_unfinished(*commit, pending))
+    }
+
+    /// What was seen since this was last asked.
+    pub fn take_seen(&mut self) -> Seen {
+        std::mem::take(&mut self.seen)
+    }
+
+    /// Memory that open transactions take, in bytes.
+    #[must_use]
+    pub fn held_bytes(&self) -> usize {
+        self.held_bytes
+    }
+
+    fn drain(&mut self, commit: Commit, end_lsn: Lsn, parts: Vec<Pending>) {
+        self.draining = Some(Draining::new(commit, end_lsn, parts));
+    }
+
+    fn abort(&mut self, xid: u32, subxid: u32) {
+        let dropped: usize = if xid == subxid {
+            let parts = self.streamed.remove(&xid).unwrap_or_default();
+            parts.values().map(Pending::bytes).sum()
+        } else {
+            let part = self.streamed.get_mut(&xid).and_then(|parts| parts.remove(&subxid));
+            part.as_ref().map_or(0, Pending::bytes)
+        };
+        self.held_bytes -= dropped;
+    }
+
+    fn learn(&mut self, relation: Relation) {
+        let by_name = self
+            .rules
+            .tables()
+            .iter()
+            .position(|table| *table.schema == *relation.schema && *table.name == *relation.name);
+        let table = self.known.get(&relation.oid).copied().or(by_name);
+        if table.is_none() {
+            tracing::warn!(
+                schema = &*relation.schema,
+                table = &*relation.name,
+                "the publication holds a table without rules; its changes invalidate nothing"
+            );
+        }
+        self.relations.insert(relation.oid, Watched { relation, table });
+    }
+
+    fn change(
+        &mut self,
+        xid: Option<u32>,
+        oid: u32,
+        old: Option<OldTuple<'_>>,
+        new: Option<Tuple<'_>>,
+    ) -> Result<(), AssemblyError> {
+        self.seen.changes += 1;
+        let rules = Arc::clone(&self.rules);
+        let watched =
+            self.relations.get(&oid).ok_or(AssemblyError::OutOfOrder("a change of an unknown table"))?;
+        let Some(table) = watched.table.map(|index| &rules.tables()[index]) else {
+            self.seen.unwatched += 1;
+            return Ok(());
+        };
+        let (old, key_only) = match &old {
+            None => (None, false),
+            Some(OldTuple::Key(values)) => (Some(values), true),
+            Some(OldTuple::Full(values)) => (Some(values), false),
+        };
+        let row = |values, key_only| Row { relation: &watched.relation, values, key_only };
+        let old = old.map(|values| row(values, key_only));
+        let new = new.as_ref().map(|values| row(values, false));
+        match keys(table, old.as_ref(), new.as_ref()) {
+            Ok(expansion) => {
+                self.seen.refused_keys += expansion.refused.len() as u64;
+                if expansion.keys.is_empty() {
+                    self.seen.unwatched += 1;
+                    return Ok(());
+                }
+                self.pending(xid, |pending| pending.add_keys(&table.topic, &expansion.keys))
+            }
+            Err(missing) => self.pending(xid, |pending| pending.add_unknown(table, &missing)),
+        }
+    }
+
+    fn truncate(&mut self, xid: Option<u32>, oids: &[u32]) -> Result<(), AssemblyError> {
+        let rules = Arc::clone(&self.rules);
+        for oid in oids {
+            self.seen.changes += 1;
+            let Some(table) = self.relations.get(oid).and_then(|watched| watched.table) else {
+                self.seen.unwatched += 1;
+                continue;
+            };
+            let table = &rules.tables()[table];
+            self.pending(xid, |pending| {
+                pending.add_namespaces(&table.topic, table.on_truncate.namespaces())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Adds to the part of the transaction that a message belongs to, and keeps the books on memory.
+    fn pending(&mut self, xid: Option<u32>, add: impl FnOnce(&mut Pending)) -> Result<(), AssemblyError> {
+        let Some(top) = self.streaming else {
+            let (_, pending) =
+                self.open.as_mut().ok_or(AssemblyError::OutOfOrder("a change outside a transaction"))?;
+            add(pending);
+            return Ok(());
+        };
+        let part = self.streamed.entry(top).or_default().entry(xid.unwrap_or(top)).or_default();
+        let before = part.bytes();
+        add(part);
+        self.held_bytes = self.held_bytes + part.bytes() - before;
+        if self.held_bytes > MAX_HELD_BYTES { Err(AssemblyError::TooManyKeys) } else { Ok(()) }
+    }
+}
+
+/// The keys of a changed row. Where the log does not hold the old row as a whole, what is compared is not known, so the
+/// change counts.
+fn keys(
+    table: &TableRules,
+    old: Option<&Row<'_>>,
+    new: Option<&Row<'_>>,
+) -> Result<rules::Expansion, MissingValue> {
+    table.keys(old.map(|row| row as &dyn Image), new.map(|row| row as &dyn Image))
+}
+
+/// Microseconds since 2000 as microseconds since 1970.
+fn unix(since_2000: i64) -> i64 {
+    pgwire_replication::protocol::replication::pg_to_unix_timestamp(since_2000)
+}

@@ -1,0 +1,151 @@
+use event::{CacheKey, Topic};
+use pgwire_replication::Lsn;
+use rules::MissingValue;
+
+use super::pending::{Collected, Pending};
+
+/// Most keys in a part of a transaction.
+const PIECE_KEYS: usize = 1_000;
+
+/// A transaction that has committed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Commit {
+    /// Its id, without the epoch.
+    pub xid: u32,
+    /// Where its commit is in the log.
+    pub commit_lsn: Lsn,
+    /// When it committed, in microseconds since the Unix epoch.
+    pub committed_at_us: i64,
+}
+
+/// What a transaction invalidates in one topic.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct TopicChanges {
+    /// Keys.
+    pub keys: Vec<CacheKey>,
+    /// Prefixes of keys.
+    pub namespaces: Vec<CacheKey>,
+}
+
+/// A part of a committed transaction.
+#[derive(Debug)]
+pub struct Piece {
+    /// The transaction.
+    pub commit: Commit,
+    /// Where the log goes on after the transaction, in its last part.
+    pub end_lsn: Option<Lsn>,
+    /// What it invalidates.
+    pub topics: Vec<(Topic, TopicChanges)>,
+    /// Events that were enqueued without a table, as they were written.
+    pub events: Vec<Box<[u8]>>,
+    /// Changes of which the log does not hold what their keys are made of; namespaces stand for them.
+    pub unknown: Vec<MissingValue>,
+}
+
+impl Piece {
+    /// A part of a transaction of which more is to come.
+    pub(super) fn of_unfinished(commit: Commit, pending: Pending) -> Self {
+        let mut draining = Draining::new(commit, Lsn(0), vec![pending]);
+        draining.piece_keys = usize::MAX;
+        Self { end_lsn: None, ..draining.next() }
+    }
+
+    /// Whether it is the last part of its transaction.
+    #[must_use]
+    pub fn is_last(&self) -> bool {
+        self.end_lsn.is_some()
+    }
+
+    /// Whether it invalidates nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.topics.is_empty() && self.events.is_empty()
+    }
+
+    /// Memory it takes, in bytes, about.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        const PER_KEY: usize = 48;
+        let of_keys = |keys: &[CacheKey]| keys.iter().map(|key| key.as_str().len() + PER_KEY).sum::<usize>();
+        let topics =
+            self.topics.iter().map(|(_, changes)| of_keys(&changes.keys) + of_keys(&changes.namespaces));
+        size_of::<Self>() + topics.sum::<usize>() + self.events.iter().map(|event| event.len()).sum::<usize>()
+    }
+
+    /// How many keys it names, those in events aside.
+    #[must_use]
+    pub fn key_count(&self) -> usize {
+        self.topics.iter().map(|(_, changes)| changes.keys.len()).sum()
+    }
+}
+
+/// A committed transaction that is given away part by part, and freed on the way.
+pub(super) struct Draining {
+    commit: Commit,
+    end_lsn: Lsn,
+    topics: Vec<(Topic, Keys, Vec<CacheKey>)>,
+    events: Vec<Box<[u8]>>,
+    unknown: Vec<MissingValue>,
+    piece_keys: usize,
+}
+
+type Keys = std::iter::Peekable<Box<dyn Iterator<Item = String> + Send>>;
+
+impl std::fmt::Debug for Draining {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Draining").field("commit", &self.commit).finish_non_exhaustive()
+    }
+}
+
+impl Draining {
+    pub(super) fn new(commit: Commit, end_lsn: Lsn, parts: Vec<Pending>) -> Self {
+        let mut draining = Self {
+            commit,
+            end_lsn,
+            topics: Vec::new(),
+            events: Vec::new(),
+            unknown: Vec::new(),
+            piece_keys: PIECE_KEYS,
+        };
+        for Pending { topics, events, unknown, .. } in parts {
+            draining.events.extend(events);
+            draining.unknown.extend(unknown);
+            for (topic, Collected { keys, namespaces }) in topics {
+                let keys: Box<dyn Iterator<Item = String> + Send> = Box::new(keys.into_keys());
+                draining.topics.push((topic, keys.peekable(), namespaces));
+            }
+        }
+        draining
+    }
+
+    /// The next part; after the last one it is not to be asked again.
+    pub(super) fn next(&mut self) -> Piece {
+        let mut room = self.piece_keys;
+        let mut topics: Vec<(Topic, TopicChanges)> = Vec::new();
+        while room > 0
+            && let Some((topic, keys, namespaces)) = self.topics.last_mut()
+        {
+            let taken: Vec<_> = keys.by_ref().take(room).filter_map(|key| CacheKey::new(key).ok()).collect();
+            room = room.saturating_sub(taken.len());
+            let changes = TopicChanges { keys: taken, namespaces: std::mem::take(namespaces) };
+            match topics.iter_mut().find(|(known, _)| known == topic) {
+                Some((_, known)) => {
+                    known.keys.extend(changes.keys);
+                    known.namespaces.extend(changes.namespaces);
+                }
+                None => topics.push((topic.clone(), changes)),
+            }
+            if keys.peek().is_some() {
+                break;
+            }
+            self.topics.pop();
+        }
+        Piece {
+            commit: self.commit,
+            end_lsn: self.topics.is_empty().then_some(self.end_lsn),
+            topics,
+            events: std::mem::take(&mut self.events),
+            unknown: std::mem::take(&mut self.unknown),
+        }
+    }
+}

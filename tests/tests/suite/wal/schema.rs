@@ -1,0 +1,90 @@
+use std::time::Duration;
+
+use devstack::eventually;
+use tests::{Daemon, Pair, PairOptions};
+
+use super::{USER_RULES, fence, sql, users};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_is_renamed_under_load_keeps_its_rules() {
+    let pair = users().await;
+    pair.fill_many("user", 0..1).await.unwrap();
+    let renames = async {
+        for _ in 0..5 {
+            sql(&pair, "alter table users rename to people").await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            sql(&pair, "alter table people rename to users").await;
+        }
+        sql(&pair, "alter table users rename to people").await;
+    };
+    let writes = async {
+        for id in 1..=100 {
+            pair.fill(&format!("user:{id}:profile")).await.unwrap();
+            let mut table = "users";
+            loop {
+                let update = format!("update {table} set name = 'x' where id = {id}");
+                if sqlx::raw_sql(sqlx::AssertSqlSafe(update)).execute(&pair.pool).await.is_ok() {
+                    break;
+                }
+                table = if table == "users" { "people" } else { "users" };
+            }
+        }
+    };
+    tokio::join!(renames, writes);
+    pair.until_none("user:*:profile").await;
+    assert!(pair.relay.metric("relay_wal_unwatched_changes_total").await.unwrap_or(0.0) < 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_column_that_is_renamed_under_the_rules_costs_the_namespace_and_is_never_silent() {
+    let pair = users().await;
+    pair.fill("user:1:profile").await.unwrap();
+    pair.fill("user:2:profile").await.unwrap();
+    pair.fill("order:1").await.unwrap();
+    sql(&pair, "alter table users rename column id to user_id").await;
+    sql(&pair, "update users set name = 'x' where user_id = 1").await;
+    pair.until_none("user:*").await;
+    assert!(pair.is_cached("order:1").await.unwrap());
+    assert!(pair.relay.metric("relay_wal_unknown_changes_total").await.unwrap() >= 1.0);
+    assert!(pair.relay.process().log().contains("column id"), "it says which column");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_column_disturbs_nothing() {
+    let pair = users().await;
+    sql(&pair, "alter table users add column email text").await;
+    fence(&pair).await;
+}
+
+/// Starts a relay that must refuse to, and returns what it said.
+async fn refusal(schema: &'static str, rules: &'static str, more: &[(&'static str, String)]) -> String {
+    let pair = Pair::start_with(PairOptions { schema, rules, ..Default::default() }).await.unwrap();
+    let relay: Daemon = pair.another_relay(&[more, &[("RELAY_SOURCE", "wal".to_owned())]].concat()).unwrap();
+    eventually(Duration::from_secs(30), async || !relay.process().is_running()).await;
+    relay.process().log()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_template_that_needs_what_the_log_does_not_hold_is_refused_at_the_start() {
+    let rules = r#"
+        [[table]]
+        name = "users"
+        keys = ["user:{id}", "mail:{email}"]
+        on_truncate = "ignore"
+    "#;
+    let log = refusal("create table users (id bigint primary key, email text)", rules, &[]).await;
+    assert!(log.contains("rules.toml:3") && log.contains("public.users"), "{log}");
+    assert!(log.contains("email") && log.contains("replica identity full"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_whose_writers_a_publication_would_break_is_refused_and_not_published() {
+    let log = refusal("create table users (id bigint, name text)", USER_RULES, &[]).await;
+    assert!(log.contains("no replica identity"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_does_not_exist_is_refused_with_the_line_of_the_rules() {
+    let log = refusal("select 1", USER_RULES, &[]).await;
+    assert!(log.contains("rules.toml:3") && log.contains("public.users does not exist"), "{log}");
+}
