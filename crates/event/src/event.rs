@@ -188,7 +188,11 @@ where
     keys.into_iter().enumerate().map(check).collect()
 }
 
-pub(crate) fn check_key_count(keys: &[CacheKey], change: &Change) -> Result<(), InvalidEvent> {
+/// Whether an event with this change may name so many keys.
+///
+/// # Errors
+/// [`InvalidEvent`] if there are none, too many, or not the one that an update needs.
+pub fn check_key_count(keys: &[CacheKey], change: &Change) -> Result<(), InvalidEvent> {
     match change {
         _ if keys.is_empty() => Err(InvalidEvent::NoKeys),
         Change::Delete if keys.len() > MAX_KEYS => Err(InvalidEvent::TooManyKeys { keys: keys.len() }),

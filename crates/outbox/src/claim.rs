@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use event::{CacheKey, Change, CommittedEvent, EventId, InvalidEvent, Topic, Traceparent};
+use event::{CacheKey, Change, CommittedEvent, EventId, InvalidEvent, Topic, Traceparent, check_key_count};
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, PgPool, Postgres, Row, Transaction};
 use uuid::Uuid;
@@ -57,7 +57,7 @@ struct Columns {
     seq: i64,
     id: Uuid,
     topic: String,
-    keys: Vec<String>,
+    keys: Vec<Option<String>>,
     value: Option<Vec<u8>>,
     version: Option<i64>,
     ttl_ms: Option<i64>,
@@ -84,16 +84,28 @@ pub(crate) const TAKE: &str = "
                 from outbox.events where seq >= $1 order by seq limit $2 for update skip locked
             ) locked
         ) measured where bytes_before < $3))
-    returning seq, id, topic, keys, value, version, ttl_ms, xid::text::bigint, traceparent, created_at, namespace";
+    returning seq, id, topic,
+        case array_ndims(keys) when 1 then keys else array(select unnest(keys)) end, value, version, ttl_ms, xid::text::bigint, traceparent, created_at, namespace";
 
-/// Whether any row at or above `from_seq` waits, claimed by another relay or not. The cheapest question there is: one
-/// round trip of the simple protocol, no transaction.
+/// How long [`wait_for_events`] stays in the server when nothing comes: short enough for a relay that is to drain or to
+/// sweep, and long enough to cost next to nothing.
+const PATIENCE: Duration = Duration::from_millis(250);
+
+/// Waits until there is a committed row at or above `from_seq`, claimed by another relay or not, and says whether there
+/// is one; for a quarter of a second at most. The server looks again and again, with pauses that grow from `min_pause`
+/// to `max_pause`; the caller makes one round trip of the simple protocol, without a transaction.
 ///
 /// # Errors
 /// Whatever the database says.
-pub async fn anything_waiting(pool: &PgPool, from_seq: i64) -> Result<bool, sqlx::Error> {
-    let sql = format!("select 1 from outbox.events where seq >= {from_seq} order by seq limit 1");
-    Ok(sqlx::raw_sql(AssertSqlSafe(sql)).fetch_optional(pool).await?.is_some())
+pub async fn wait_for_events(
+    pool: &PgPool,
+    from_seq: i64,
+    min_pause: Duration,
+    max_pause: Duration,
+) -> Result<bool, sqlx::Error> {
+    let [min, max, patience] = [min_pause, max_pause.min(PATIENCE), PATIENCE].map(|time| time.as_secs_f64());
+    let sql = format!("select outbox.wait_for_events({from_seq}, {min}, {max}, {patience})");
+    sqlx::raw_sql(AssertSqlSafe(sql)).fetch_one(pool).await?.try_get(0)
 }
 
 impl Claim {
@@ -202,7 +214,7 @@ impl Poison {
             seq: *seq,
             id: event.id.0,
             topic: topic.as_str().to_owned(),
-            keys: event.keys.iter().map(|key| key.as_str().to_owned()).collect(),
+            keys: event.keys.iter().map(|key| Some(key.as_str().to_owned())).collect(),
             value: value.map(<[u8]>::to_vec),
             version,
             ttl_ms,
@@ -238,8 +250,8 @@ impl Columns {
         })
     }
 
-    /// The table's checks make failure here impossible; whoever dropped them gets a dead letter rather than a relay
-    /// that stops.
+    /// Whatever was inserted past `outbox.enqueue` and this crate is checked here: it becomes a dead letter rather than
+    /// a relay that stops.
     fn into_claimed(self) -> Result<Claimed, Box<Poison>> {
         match self.to_claimed() {
             Ok(claimed) => Ok(claimed),
@@ -248,8 +260,9 @@ impl Columns {
     }
 
     fn to_claimed(&self) -> Result<Claimed, InvalidEvent> {
-        let key = |(index, key): (usize, &String)| {
-            CacheKey::new(key.as_str()).map_err(|reason| InvalidEvent::Key { index, reason })
+        let key = |(index, key): (usize, &Option<String>)| {
+            CacheKey::new(key.as_deref().unwrap_or_default())
+                .map_err(|reason| InvalidEvent::Key { index, reason })
         };
         let event = CommittedEvent {
             id: EventId(self.id),
@@ -259,6 +272,7 @@ impl Columns {
             at_us: self.created_at.timestamp_micros(),
             traceparent: self.traceparent.as_deref().map(Traceparent::new).transpose()?,
         };
+        check_key_count(&event.keys, &event.change)?;
         Ok(Claimed { seq: self.seq, topic: Topic::new(self.topic.as_str())?, event })
     }
 
@@ -269,6 +283,7 @@ impl Columns {
                 let ttl = Duration::from_millis(u64::try_from(ttl_ms).unwrap_or(0));
                 Ok(Change::update(value.clone(), version, ttl)?)
             }
+            // Also when one of the three is missing: to delete is always right.
             _ => Ok(Change::Delete),
         }
     }

@@ -32,7 +32,7 @@ pub struct DeadLetter {
 /// Whatever the database says.
 pub async fn list(pool: &PgPool, limit: i64) -> Result<Vec<DeadLetter>, sqlx::Error> {
     let rows = sqlx::query(
-        "select id, topic, keys, octet_length(value), version, created_at, dead_at, reason
+        "select id, topic, array_replace(keys, null, ''), octet_length(value), version, created_at, dead_at, reason
          from outbox.dead_letters order by dead_at desc limit $1",
     )
     .persistent(false)
@@ -48,7 +48,7 @@ pub async fn list(pool: &PgPool, limit: i64) -> Result<Vec<DeadLetter>, sqlx::Er
 /// Whatever the database says.
 pub async fn find(pool: &PgPool, id: EventId) -> Result<Option<DeadLetter>, sqlx::Error> {
     let row = sqlx::query(
-        "select id, topic, keys, octet_length(value), version, created_at, dead_at, reason
+        "select id, topic, array_replace(keys, null, ''), octet_length(value), version, created_at, dead_at, reason
          from outbox.dead_letters where id = $1",
     )
     .persistent(false)

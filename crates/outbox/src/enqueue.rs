@@ -38,9 +38,6 @@ pub enum EnqueueError {
         "the role may not enqueue; grant it usage on schema outbox, and insert and select (id, xid, seq) on outbox.events"
     )]
     NotPermitted(#[source] sqlx::Error),
-    /// The database's own checks refuse the event.
-    #[error("the database refuses the event")]
-    Rejected(#[source] sqlx::Error),
     /// Anything else, such as a lost connection or a serialization failure: roll back and try the transaction again.
     #[error("could not enqueue the event")]
     Database(#[source] sqlx::Error),
@@ -53,8 +50,6 @@ impl From<sqlx::Error> for EnqueueError {
             // invalid_schema_name, undefined_function, undefined_table
             "3F000" | "42883" | "42P01" => Self::NotInstalled(error),
             "42501" => Self::NotPermitted(error),
-            // invalid_parameter_value (outbox.check_keys), check_violation
-            "22023" | "23514" => Self::Rejected(error),
             _ => Self::Database(error),
         }
     }

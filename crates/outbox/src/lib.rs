@@ -14,7 +14,7 @@ pub mod outcome;
 pub mod retention;
 pub mod testing;
 
-pub use claim::{Claim, ClaimOptions, Claimed, Poison, anything_waiting};
+pub use claim::{Claim, ClaimOptions, Claimed, Poison, wait_for_events};
 #[cfg(feature = "cache")]
 pub use commit::{CommitError, CommitLimits, Committed, Marks, Writer};
 pub use enqueue::{EnqueueError, Receipt, Xid, enqueue, enqueue_all, without_prepared_statements};

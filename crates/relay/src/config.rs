@@ -32,12 +32,12 @@ pub struct Config {
     #[arg(long, env = "RELAY_ENVELOPE_EVENTS", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=20_000), global = true)]
     pub envelope_events: u32,
 
-    /// First pause when the outbox is empty; grows to RELAY_POLL_MAX while it stays so
+    /// First pause between looks at an empty outbox, inside Postgres; grows to RELAY_POLL_MAX while it stays empty
     #[arg(long, env = "RELAY_POLL_MIN", default_value = "1ms", value_parser = parse_duration, global = true)]
     pub poll_min: Duration,
 
-    /// Longest pause when the outbox is empty
-    #[arg(long, env = "RELAY_POLL_MAX", default_value = "15ms", value_parser = parse_duration, global = true)]
+    /// Longest pause between looks at an empty outbox, at most 250ms
+    #[arg(long, env = "RELAY_POLL_MAX", default_value = "5ms", value_parser = parse_duration, global = true)]
     pub poll_max: Duration,
 
     /// How long the broker may take to acknowledge before the claimed events are given back

@@ -1,47 +1,7 @@
-//! When to look again, and from where.
+//! From where to claim.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
-
-/// The pause between polls: none after rows were found, growing while there is nothing. A pause after every few rows would
-/// be most of the time an event takes: a claim with its publication takes hardly longer than the shortest sleep.
-#[derive(Debug)]
-pub struct Pace {
-    min: Duration,
-    max: Duration,
-    pause: Duration,
-    empty_polls: u32,
-}
-
-/// Empty polls in a row after which a poll becomes a look instead of a claim.
-const IDLE_AFTER: u32 = 2;
-
-impl Pace {
-    /// Pauses from `min` to `max`.
-    #[must_use]
-    pub fn new(min: Duration, max: Duration) -> Self {
-        Self { min, max: max.max(min), pause: min, empty_polls: 0 }
-    }
-
-    /// Whether nothing has come for a while.
-    #[must_use]
-    pub fn is_idle(&self) -> bool {
-        self.empty_polls >= IDLE_AFTER
-    }
-
-    /// How long to rest after a poll that took `rows`, if at all.
-    pub fn after(&mut self, rows: usize) -> Option<Duration> {
-        if rows > 0 {
-            self.pause = self.min;
-            self.empty_polls = 0;
-            return None;
-        }
-        self.empty_polls = self.empty_polls.saturating_add(1);
-        let pause = self.pause;
-        self.pause = (self.pause * 3 / 2).min(self.max);
-        Some(pause)
-    }
-}
 
 /// How far behind the newest row seen the next claim begins while there is no backlog. Transactions commit in another
 /// order than they insert; most that commit late do so within this time, the rest is found by a sweep from 0.
@@ -95,17 +55,6 @@ impl FromSeq {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn pauses_grow_while_idle_and_collapse_with_the_first_row() {
-        let mut pace = Pace::new(Duration::from_millis(1), Duration::from_millis(4));
-        let pauses: Vec<_> = (0..6).map(|_| pace.after(0).unwrap().as_micros()).collect();
-        assert_eq!(pauses, [1000, 1500, 2250, 3375, 4000, 4000]);
-        assert!(pace.is_idle());
-        assert_eq!(pace.after(7), None);
-        assert!(!pace.is_idle());
-        assert_eq!(pace.after(0), Some(Duration::from_millis(1)));
-    }
 
     #[test]
     fn claims_begin_a_second_behind_in_quiet_times_and_close_behind_in_a_backlog() {

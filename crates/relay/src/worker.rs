@@ -5,14 +5,14 @@ use std::time::{Duration, Instant};
 
 use async_nats::jetstream;
 use metrics::{counter, histogram};
-use outbox::{Claim, ClaimOptions, Claimed, Poison, anything_waiting};
+use outbox::{Claim, ClaimOptions, Claimed, Poison, wait_for_events};
 use service::nats::Nats;
 use service::{Backoff, Component, Shutdown, failpoint};
 use sqlx::PgPool;
 use tokio::sync::{Notify, watch};
 
 use crate::metrics as names;
-use crate::pace::{FromSeq, Pace};
+use crate::pace::FromSeq;
 use crate::packing::{Limits, pack};
 use crate::publisher::{self, PublishError};
 use crate::stream::Usable;
@@ -73,22 +73,22 @@ struct Cycle {
 /// Runs the worker that polls: it finds new events first, and wakes the others when there are more than it can take.
 /// Returns when shutdown is requested, with nothing in hand.
 pub async fn poll(shared: Arc<Shared>, health: Component, shutdown: Shutdown) {
-    let mut pace = Pace::new(shared.config.poll_min, shared.config.poll_max);
     let mut from_seq = FromSeq::new();
     let mut last_sweep = Instant::now();
     let sweeps_alone = shared.config.workers == 1;
     let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
+    // Rows that another relay holds wake every wait and can be claimed by nobody.
+    let mut held_elsewhere = Backoff::new(shared.config.poll_min, shared.config.poll_max);
+    let mut wait_first = false;
     while !shutdown.is_requested() {
         if !usable(&shared, &health, &shutdown).await {
             continue;
         }
         let sweep = sweeps_alone && last_sweep.elapsed() >= SWEEP_INTERVAL;
         let from = if sweep { 0 } else { from_seq.now() };
-        let outcome = if pace.is_idle() && !sweep {
-            poll_once(&shared, from).await
-        } else {
-            cycle(&shared, from).await
-        };
+        let waits = wait_first && !sweep;
+        let outcome =
+            if waits { wait_and_cycle(&shared, from).await } else { cycle(&shared, from).await.map(Some) };
         match outcome {
             Ok(done) => {
                 health.ready();
@@ -96,12 +96,17 @@ pub async fn poll(shared: Arc<Shared>, health: Component, shutdown: Shutdown) {
                 if sweep {
                     last_sweep = Instant::now();
                 }
+                let Some(done) = done else { continue };
                 from_seq.saw(done.last_seq, done.full);
                 if done.full {
                     shared.more.notify_one();
                 }
-                if let Some(pause) = pace.after(done.rows) {
-                    rest(pause, &shutdown).await;
+                // After rows the next claim follows at once: a wait is a round trip, and there usually is more.
+                wait_first = done.rows == 0;
+                if done.rows > 0 {
+                    held_elsewhere.reset();
+                } else if waits {
+                    rest(held_elsewhere.next_delay(), &shutdown).await;
                 }
             }
             Err(error) => recover(&shared, &health, &mut retry, &error, &shutdown).await,
@@ -202,14 +207,16 @@ async fn recover(
     rest(retry.next_delay(), shutdown).await;
 }
 
-/// Looks before it claims: an empty outbox costs one short statement instead of a transaction.
-async fn poll_once(shared: &Shared, from: i64) -> Result<Cycle, CycleError> {
+/// Waits inside Postgres for something to claim; `None` if nothing came. An empty outbox costs a few short statements a
+/// second instead of transactions.
+async fn wait_and_cycle(shared: &Shared, from: i64) -> Result<Option<Cycle>, CycleError> {
     counter!(names::STATEMENTS).increment(1);
-    if anything_waiting(&shared.pool, from).await? {
-        return cycle(shared, from).await;
+    let Config { poll_min, poll_max, .. } = shared.config;
+    if wait_for_events(&shared.pool, from, poll_min, poll_max).await? {
+        return cycle(shared, from).await.map(Some);
     }
     counter!(names::CLAIMS, "result" => "empty").increment(1);
-    Ok(Cycle { rows: 0, full: false, last_seq: None })
+    Ok(None)
 }
 
 /// Claims rows, publishes them and settles the claim. Whatever fails on the way gives the rows back.

@@ -11,7 +11,7 @@ async fn sql_function_refuses_bad_keys_with_a_message_that_names_the_rule() {
     let pair = Pair::start().await.unwrap();
     let cases = [
         ("array[]::text[]", "event names no key"),
-        ("null", "null value in column \"keys\""),
+        ("null", "event names no key"),
         ("array['a', '']", "key 1 of the event is empty"),
         ("array['a', null]", "key 1 of the event is empty"),
         ("array[repeat('x', 1025)]", "key 0 of the event has 1025 bytes, the limit is 1024"),
@@ -26,16 +26,52 @@ async fn sql_function_refuses_bad_keys_with_a_message_that_names_the_rule() {
         let error = sqlx::raw_sql(sqlx::AssertSqlSafe(statement)).execute(&pair.pool).await.unwrap_err();
         assert!(error.to_string().contains(message), "{keys}: {error}");
     }
-    for arguments in
-        ["topic => 'a.b'", "value => 'v'", "value => 'v', version => -1, ttl_ms => 5", "traceparent => 'x'"]
-    {
+    let cases = [
+        ("topic => 'a.b'", "topic 'a.b' is not 1 to 64 letters"),
+        ("value => 'v'", "an update needs value, version and ttl_ms"),
+        ("value => 'v', version => -1, ttl_ms => 5", "version -1 is negative"),
+        ("value => 'v', version => 1, ttl_ms => 0", "ttl_ms 0 is not between"),
+        ("value => decode(repeat('00', 524289), 'hex'), version => 1, ttl_ms => 5", "value has 524289 bytes"),
+        ("traceparent => 'x'", "traceparent is not a W3C trace context"),
+    ];
+    for (arguments, message) in cases {
         let statement = format!("select outbox.enqueue(array['k'], {arguments})");
-        assert!(
-            sqlx::raw_sql(sqlx::AssertSqlSafe(statement)).execute(&pair.pool).await.is_err(),
-            "{arguments}"
-        );
+        let error = sqlx::raw_sql(sqlx::AssertSqlSafe(statement)).execute(&pair.pool).await.unwrap_err();
+        assert!(error.to_string().contains(message), "{arguments}: {error}");
     }
     assert_eq!(pair.backlog().await.unwrap(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_inserted_past_every_check_becomes_a_dead_letter_and_delays_nothing() {
+    let pair = Pair::start().await.unwrap();
+    pair.fill("after").await.unwrap();
+    let cases = [
+        ("keys", "'{}'", "event names no key"),
+        ("keys", "array[null]", "key 0 of the event is not valid"),
+        ("keys", "array['a', '']", "key 1 of the event is not valid"),
+        ("keys", r"array[E'a\nb']", "key 0 of the event is not valid"),
+        ("keys", "array[['a', 'b'], ['c', '']]", "key 3 of the event is not valid"),
+        ("keys, topic", "array['k'], 'a.b'", "topic"),
+        ("keys, traceparent", "array['k'], 'x'", "traceparent"),
+        ("keys, value, version, ttl_ms", "array['k'], 'v', -1, 5", "version"),
+        ("keys, value, version, ttl_ms", "array['k'], 'v', 1, 0", "ttl must be"),
+        ("keys, value, version, ttl_ms", "array['k', 'l'], 'v', 1, 5", "one key"),
+    ];
+    for (columns, values, _) in cases {
+        let statement =
+            format!("insert into outbox.events (id, {columns}) values (gen_random_uuid(), {values})");
+        sqlx::raw_sql(sqlx::AssertSqlSafe(statement)).execute(&pair.pool).await.unwrap();
+    }
+    pair.enqueue(&["after"]).await.unwrap();
+    pair.until_none("after").await;
+    pair.until_outbox_empty().await;
+    let mut letters = outbox::dead_letters::list(&pair.pool, 100).await.unwrap();
+    letters.sort_by_key(|letter| letter.created_at);
+    assert_eq!(letters.len(), cases.len());
+    for ((columns, values, reason), letter) in cases.iter().zip(&letters) {
+        assert!(letter.reason.contains(reason), "{columns} = {values}: {}", letter.reason);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -267,7 +267,6 @@ async fn producers_need_no_more_rights_than_they_use() {
         "revoke execute on all functions in schema outbox from public;
          create role producer login; grant usage on schema outbox to producer;
          grant insert, select (id, xid, seq) on outbox.events to producer;
-         grant execute on function outbox.check_keys to producer;
          create role sql_producer login; grant usage on schema outbox to sql_producer;
          grant execute on function outbox.enqueue to sql_producer",
     )

@@ -22,10 +22,11 @@ const TARGET_WRITERS: usize = 32;
 const TARGET_RATIO: f64 = 0.70;
 
 /// What each round measures, one after the other, so that a change of the machine's mood meets all of them.
-const VARIANTS: [Variant; 5] = [
+const VARIANTS: [Variant; 6] = [
     Variant { extra: Extra::Nothing, relayed: false },
     Variant { extra: Extra::Enqueue, relayed: false },
     Variant { extra: Extra::Enqueue, relayed: true },
+    Variant { extra: Extra::EnqueueWithin, relayed: false },
     Variant { extra: Extra::BareInsert, relayed: false },
     Variant { extra: Extra::Notify, relayed: false },
 ];
@@ -78,7 +79,7 @@ async fn measure_with(
     databases: &Databases,
     writers: usize,
     scale: Scale,
-) -> anyhow::Result<[Outcome; 5]> {
+) -> anyhow::Result<[Outcome; 6]> {
     let duration = scale.pick(Duration::from_millis(1_500), Duration::from_millis(500));
     let mut speeds = VARIANTS.map(|_| Vec::new());
     let mut delays = VARIANTS.map(|_| Delays::new());
@@ -99,7 +100,7 @@ async fn measure_with(
     Ok(std::array::from_fn(|_| outcomes.next().expect("as many as variants")))
 }
 
-fn compare(writers: usize, [without, enqueue, relayed, bare, notify]: &[Outcome; 5]) -> Vec<Figure> {
+fn compare(writers: usize, [without, enqueue, relayed, within, bare, notify]: &[Outcome; 6]) -> Vec<Figure> {
     let describe =
         |outcome: &Outcome| format!("{} tx/s, {}", rounded(outcome.per_second), outcome.delays.short());
     let share = |outcome: &Outcome| outcome.per_second / without.per_second;
@@ -111,13 +112,26 @@ fn compare(writers: usize, [without, enqueue, relayed, bare, notify]: &[Outcome;
         share(notify)
     );
     let people = if writers == 1 { "1 writer".to_owned() } else { format!("{writers} writers") };
-    progress(&format!("{people}: {}; with the relay {}; {beside}", measured(enqueue), measured(relayed)));
+    progress(&format!(
+        "{people}: {}; with the relay {}; in one statement {}; {beside}",
+        measured(enqueue),
+        measured(relayed),
+        measured(within)
+    ));
     let judged = |figure: Figure, outcome: &Outcome| match writers {
         TARGET_WRITERS => figure.with_target("≥ 0.70", share(outcome) >= TARGET_RATIO),
         _ => figure,
     };
     vec![
         judged(Figure::new(format!("{people}: an update with enqueue"), measured(enqueue), beside), enqueue),
+        judged(
+            Figure::new(
+                format!("{people}: `outbox.enqueue` in the statement of the update"),
+                measured(within),
+                "as above",
+            ),
+            within,
+        ),
         judged(
             Figure::new(
                 format!("{people}: the same while the pair delivers on the same cores"),

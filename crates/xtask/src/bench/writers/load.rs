@@ -11,6 +11,11 @@ use crate::bench::latency::ACCOUNTS;
 use crate::bench::numbers::per_second;
 use crate::bench::percentiles::Delays;
 
+const UPDATE: &str = "update accounts set balance = balance + 1 where id = $1";
+const UPDATE_AND_ENQUEUE: &str = "
+    with changed as (update accounts set balance = balance + 1 where id = $1 returning id)
+    select outbox.enqueue(array['account:' || id || ':balance']) from changed";
+
 /// What a transaction does besides updating its row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Extra {
@@ -18,6 +23,8 @@ pub enum Extra {
     Nothing,
     /// It enqueues an event.
     Enqueue,
+    /// It enqueues an event in the very statement that updates the row.
+    EnqueueWithin,
     /// It inserts a row into a table without any check, the least an outbox can do.
     BareInsert,
     /// It notifies those who listen.
@@ -83,13 +90,11 @@ async fn write(connection: &mut PgConnection, extra: Extra, duration: Duration) 
 
 async fn transact(connection: &mut PgConnection, account: i32, extra: Extra) -> anyhow::Result<()> {
     let mut tx = connection.begin().await?;
-    sqlx::query("update accounts set balance = balance + 1 where id = $1")
-        .bind(account)
-        .execute(&mut *tx)
-        .await?;
+    let update = if extra == Extra::EnqueueWithin { UPDATE_AND_ENQUEUE } else { UPDATE };
+    sqlx::query(update).bind(account).execute(&mut *tx).await?;
     let key = format!("account:{account}:balance");
     match extra {
-        Extra::Nothing => {}
+        Extra::Nothing | Extra::EnqueueWithin => {}
         Extra::Enqueue => {
             let _receipt = outbox::enqueue(&mut tx, &Event::delete([key])?).await?;
         }
