@@ -1,12 +1,18 @@
 #![doc = include_str!("../README.md")]
 
+#[cfg(feature = "catalog")]
+pub mod catalog;
 mod condition;
+#[cfg(feature = "catalog")]
+pub mod coverage;
 mod expansion;
 mod file;
 mod image;
 mod problem;
 mod table;
 mod template;
+#[cfg(feature = "catalog")]
+pub mod triggers;
 
 pub use condition::Condition;
 pub use expansion::{Expansion, MissingValue, RefusedKey};
