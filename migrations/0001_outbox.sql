@@ -3,7 +3,14 @@
 -- Rows are inserted in the writer's own transaction (outbox.enqueue) and deleted by a relay in the transaction in which
 -- it received the acknowledgement of the message broker. A row that is here has not been published for certain.
 
-create schema if not exists outbox;
+do $$
+begin
+    -- Not `if not exists`, which reports what it skips.
+    if to_regnamespace('outbox') is null then
+        create schema outbox;
+    end if;
+end
+$$;
 
 comment on schema outbox is 'Cache invalidation events waiting to be published, and what is kept of the published ones';
 

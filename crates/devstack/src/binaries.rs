@@ -71,11 +71,16 @@ impl Binary {
     /// # Errors
     /// [`MissingBinaries`] when it is nowhere.
     pub fn find(self) -> Result<PathBuf, MissingBinaries> {
-        let found = match std::env::var_os(self.environment_variable()) {
-            Some(place) => self.at(Path::new(&place)),
+        let found = match self.named_place() {
+            Some(place) => self.at(&place),
             None => self.search(),
         };
         found.ok_or_else(|| MissingBinaries(vec![self]))
+    }
+
+    /// Where the environment says the program is.
+    pub(crate) fn named_place(self) -> Option<PathBuf> {
+        std::env::var_os(self.environment_variable()).map(PathBuf::from)
     }
 
     fn search(self) -> Option<PathBuf> {

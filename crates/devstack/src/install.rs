@@ -22,11 +22,16 @@ enum Manager {
 /// a stack never uses.
 ///
 /// # Errors
-/// When there is no known package manager, no right to use it, or it fails; the message has the command to run.
+/// When the environment names a place where the program is not, there is no known package manager, no right to use it, or it fails; the message has the command to run.
 pub fn install_missing() -> Result<()> {
     let missing = missing(Binary::ALL);
     if missing.is_empty() {
         return Ok(());
+    }
+    // Installing it would not help: what the environment names is used.
+    if let Some((binary, place)) = missing.iter().find_map(|&binary| Some((binary, binary.named_place()?))) {
+        let (variable, program) = (binary.environment_variable(), binary.program());
+        bail!("{variable} is {}, but there is no {program} there; correct it or unset it", place.display());
     }
     let manager = Manager::detect().with_context(|| by_hand(&missing))?;
     let commands = manager.commands(&missing);

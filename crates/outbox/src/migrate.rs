@@ -32,6 +32,10 @@ pub enum SchemaState {
 /// # Errors
 /// [`MigrateError`], for example when the role may not create a schema.
 pub async fn migrate(pool: &PgPool) -> Result<(), MigrateError> {
+    // Asked first, since the migrator's `if not exists` would have the server report all it finds.
+    if schema_state(pool).await.map_err(sqlx::migrate::MigrateError::from)? == SchemaState::Current {
+        return Ok(());
+    }
     let mut migrator = Migrator::with_migrations(EMBEDDED.migrations.to_vec());
     migrator.dangerous_set_table_name(TABLE);
     migrator.create_schema("outbox");

@@ -2,16 +2,10 @@
 
 use devstack::Binary;
 
-/// Installs what is missing of `wanted`, saying so first.
+/// Installs what is missing, if any of `wanted` is, saying so first.
 pub fn provide(wanted: &[Binary]) -> anyhow::Result<()> {
-    let missing = devstack::missing(wanted);
-    if missing.is_empty() {
+    if devstack::missing(wanted).is_empty() {
         return Ok(());
     }
-    let names: Vec<&str> = missing.iter().map(|binary| binary.program()).collect();
-    eprintln!(
-        "Not found on this machine: {}. Installing with the system's package manager.",
-        names.join(", ")
-    );
     devstack::install_missing()
 }
