@@ -1,5 +1,6 @@
 //! For the tests of services that enqueue: check inside the transaction what it would tell the caches.
 
+use sqlx::postgres::PgRow;
 use sqlx::{Postgres, Row, Transaction};
 
 /// Keys that the transaction has enqueued so far, in order, duplicates included.
@@ -15,6 +16,34 @@ pub async fn enqueued_keys(tx: &mut Transaction<'_, Postgres>) -> Result<Vec<Str
     .fetch_all(&mut **tx)
     .await?;
     rows.iter().map(|row| row.try_get(0)).collect()
+}
+
+/// One event of an open transaction.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Enqueued {
+    /// Its topic.
+    pub topic: String,
+    /// Its keys.
+    pub keys: Vec<String>,
+    /// Whether they are namespaces.
+    pub namespace: bool,
+}
+
+/// Events that the transaction has enqueued so far, in order.
+///
+/// # Errors
+/// Whatever the database says. Needs `select` on `outbox.events`, which the owner of the schema has.
+pub async fn enqueued(tx: &mut Transaction<'_, Postgres>) -> Result<Vec<Enqueued>, sqlx::Error> {
+    let rows = sqlx::query(
+        "select topic, keys, namespace from outbox.events where xid = pg_current_xact_id_if_assigned() order by seq",
+    )
+    .persistent(false)
+    .fetch_all(&mut **tx)
+    .await?;
+    let read = |row: &PgRow| {
+        Ok(Enqueued { topic: row.try_get(0)?, keys: row.try_get(1)?, namespace: row.try_get(2)? })
+    };
+    rows.iter().map(read).collect()
 }
 
 /// Panics unless the transaction has enqueued `key`; the message lists what it has enqueued instead.

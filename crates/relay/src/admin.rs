@@ -2,6 +2,7 @@
 
 mod dead;
 mod doctor;
+mod rules;
 mod status;
 
 use std::time::Duration;
@@ -14,6 +15,7 @@ use service::nats::Nats;
 use crate::{Config, database, run};
 
 pub use dead::DeadCommand;
+pub use rules::RulesCommand;
 
 /// An operator waits in front of the terminal: give up early.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -30,6 +32,9 @@ pub enum Command {
     /// List, show, replay or discard events that could not be published
     #[command(subcommand)]
     Dead(DeadCommand),
+    /// Check, try and install the rules: which cache keys depend on which table
+    #[command(subcommand)]
+    Rules(RulesCommand),
     /// Ask the running relay at HTTP_ADDR whether it is ready; exits with 1 if not
     Health,
     /// Check database, stream and clocks, and say what to do about each finding; exits with 1 if something is wrong
@@ -45,6 +50,9 @@ pub async fn execute(command: Command, config: &Config) -> anyhow::Result<()> {
         println!("{}", service::http::ask_ready(config.http_addr).await?);
         return Ok(());
     }
+    if let Command::Rules(RulesCommand::Test(trial)) = &command {
+        return rules::test(config, trial);
+    }
     let url = config.database_url()?;
     let pool = database::connect(url, 2, config.startup_timeout.min(PATIENCE)).await?;
     if matches!(command, Command::Migrate) {
@@ -58,6 +66,7 @@ pub async fn execute(command: Command, config: &Config) -> anyhow::Result<()> {
         Command::Status => status::print(&pool, config).await,
         Command::Dead(command) => dead::execute(&pool, command).await,
         Command::Doctor => doctor::print(&pool, config).await,
+        Command::Rules(command) => rules::execute(&pool, command, config).await,
     }
 }
 

@@ -12,4 +12,5 @@ mod redis_faults;
 mod resolver;
 mod strict;
 mod tidy;
+mod triggers;
 mod wal;

@@ -7,7 +7,7 @@ use outbox::dead_letters;
 use outbox::diagnosis::{self, Facts};
 use sqlx::PgPool;
 
-use super::look_at_stream;
+use super::{look_at_stream, rules};
 use crate::{Config, stream};
 
 /// The oldest Postgres with everything the outbox uses (`xid8`, `pg_current_xact_id`).
@@ -40,6 +40,9 @@ pub(super) async fn print(pool: &PgPool, config: &Config) -> anyhow::Result<()> 
     let skew = clock_skew(before, Utc::now(), facts.now);
     let mut findings = judge_database(&facts, skew);
     findings.push(judge_dead_letters(dead_letters::count(pool).await?));
+    if config.capture.rules.is_some() {
+        findings.push(judge_triggers(rules::missing(pool, config).await));
+    }
     match look_at_stream(config).await {
         Ok((nats, _, info)) => findings.extend(judge_stream(&info, &nats.client.server_info(), config)),
         Err(error) => findings.push(Finding {
@@ -129,6 +132,30 @@ fn judge_dead_letters(count: i64) -> Finding {
         count == 0,
         "look at them with `relay dead list`, then replay or discard",
     )
+}
+
+/// Triggers that the rules want and the database lacks, such as those on a new partition.
+fn judge_triggers(missing: anyhow::Result<Option<Vec<String>>>) -> Finding {
+    match missing {
+        Ok(missing) => {
+            let missing = missing.unwrap_or_default();
+            let fact = match missing.as_slice() {
+                [] => "what the rules say".to_owned(),
+                steps => format!("not what the rules say: {}", steps.join(", ")),
+            };
+            finding(
+                "triggers",
+                fact,
+                missing.is_empty(),
+                "if capture is by triggers, run `relay rules apply`",
+            )
+        }
+        Err(error) => Finding {
+            subject: "triggers",
+            fact: format!("{error:#}"),
+            remedy: Some("correct the rules; see `relay rules check`".to_owned()),
+        },
+    }
 }
 
 fn judge_stream(info: &Info, server: &async_nats::ServerInfo, config: &Config) -> Vec<Finding> {

@@ -1,0 +1,216 @@
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::{Args, Subcommand};
+use outbox::testing;
+use rules::catalog::{self, Facts};
+use rules::coverage::coverage;
+use rules::triggers::{self, Plan};
+use rules::{Image, JsonImage, Rules};
+use service::parse_duration;
+use sqlx::{AssertSqlSafe, PgConnection, PgPool};
+
+use crate::Config;
+
+/// What to do with the rules. They are read from RELAY_RULES (--rules).
+#[derive(Debug, Clone, Subcommand)]
+pub enum RulesCommand {
+    /// Compare the rules with the database and the installed triggers; exits with 1 if something does not fit
+    Check {
+        /// For capture from the write-ahead log: check replica identities rather than triggers
+        #[arg(long)]
+        wal: bool,
+    },
+    /// Print the keys that a changed row would invalidate; needs no database
+    Test(Trial),
+    /// Run a statement in a transaction that is rolled back, and print what it would invalidate
+    Explain {
+        /// INSERT, UPDATE, DELETE, TRUNCATE, MERGE or WITH
+        statement: String,
+        /// How long to wait for locks of others
+        #[arg(long, default_value = "2s", value_parser = parse_duration)]
+        lock_timeout: Duration,
+    },
+    /// List tables and columns that no rule watches
+    Coverage,
+    /// Print the SQL that installs the triggers
+    Sql,
+    /// Install, update and remove triggers until they are what the rules say
+    Apply {
+        /// How long to wait for locks of others; writers of the table wait as long
+        #[arg(long, default_value = "5s", value_parser = parse_duration)]
+        lock_timeout: Duration,
+    },
+}
+
+/// A changed row.
+#[derive(Debug, Clone, Args)]
+pub struct Trial {
+    /// Table, with its schema unless that is public
+    #[arg(long)]
+    table: String,
+    /// The row as it was, as JSON; none for an INSERT
+    #[arg(long, required_unless_present = "new")]
+    old: Option<String>,
+    /// The row as it is, as JSON; none for a DELETE
+    #[arg(long)]
+    new: Option<String>,
+}
+
+/// Statements that `explain` runs: none that could end the transaction it rolls back.
+const EXPLAINABLE: [&str; 7] = ["insert", "update", "delete", "truncate", "merge", "with", "select"];
+
+pub(super) async fn execute(pool: &PgPool, command: RulesCommand, config: &Config) -> anyhow::Result<()> {
+    let rules = load(config)?;
+    let mut connection = pool.acquire().await?;
+    let facts = catalog::check(&mut connection, &rules).await?;
+    match command {
+        RulesCommand::Check { wal: true } => {
+            catalog::check_identity(&mut connection, &rules, &facts).await?;
+            println!("{} tables fit the database and its replica identities", facts.len());
+            Ok(())
+        }
+        RulesCommand::Check { wal: false } => {
+            println!("{} tables fit the database", facts.len());
+            let plan = triggers::plan(&mut connection, &rules, &facts).await?;
+            warn_of_foreign_partitions(&facts);
+            match plan.steps.len() {
+                0 => println!("the triggers are installed and current"),
+                count => {
+                    print_steps(&plan);
+                    bail!(
+                        "{count} steps are missing until the triggers are what the rules say; run `relay rules apply`"
+                    );
+                }
+            }
+            Ok(())
+        }
+        RulesCommand::Test(_) => unreachable!("needs no database"),
+        RulesCommand::Explain { statement, lock_timeout } => {
+            explain(pool, &rules, &facts, &statement, lock_timeout).await
+        }
+        RulesCommand::Coverage => print_coverage(&mut connection, &rules, &facts).await,
+        RulesCommand::Sql => {
+            print!("{}", triggers::script(&rules, &facts));
+            Ok(())
+        }
+        RulesCommand::Apply { lock_timeout } => apply(pool, &rules, &facts, lock_timeout).await,
+    }
+}
+
+/// How the installed triggers differ from the rules, for the doctor; `None` without rules.
+pub(super) async fn missing(pool: &PgPool, config: &Config) -> anyhow::Result<Option<Vec<String>>> {
+    if config.capture.rules.is_none() {
+        return Ok(None);
+    }
+    let rules = load(config)?;
+    let mut connection = pool.acquire().await?;
+    let facts = catalog::check(&mut connection, &rules).await?;
+    let plan = triggers::plan(&mut connection, &rules, &facts).await?;
+    Ok(Some(plan.steps.into_iter().map(|step| step.what).collect()))
+}
+
+fn load(config: &Config) -> anyhow::Result<Rules> {
+    let file = config.capture.rules.as_ref().context("RELAY_RULES (--rules) is not set")?;
+    Ok(Rules::load(file)?)
+}
+
+/// Prints the keys of a changed row, without a database.
+pub(super) fn test(config: &Config, trial: &Trial) -> anyhow::Result<()> {
+    let rules = load(config)?;
+    let (schema, name) = trial.table.split_once('.').unwrap_or(("public", &trial.table));
+    let table = rules
+        .table(schema, name)
+        .with_context(|| format!("{} has no rules for table {schema}.{name}", rules.file()))?;
+    let image = |text: &Option<String>, option: &str| -> anyhow::Result<Option<JsonImage>> {
+        text.as_deref().map(JsonImage::parse).transpose().with_context(|| format!("{option} is not a row"))
+    };
+    let (old, new) = (image(&trial.old, "--old")?, image(&trial.new, "--new")?);
+    let expansion = table.keys(as_image(old.as_ref()), as_image(new.as_ref()))?;
+    for key in &expansion.keys {
+        println!("{key}");
+    }
+    for refused in &expansion.refused {
+        println!("!! {refused}");
+    }
+    if expansion.keys.is_empty() && expansion.refused.is_empty() {
+        println!("no key");
+    }
+    if !table.expand.is_empty() {
+        println!("and what expand finds, which only the database knows");
+    }
+    Ok(())
+}
+
+fn as_image(image: Option<&JsonImage>) -> Option<&dyn Image> {
+    image.map(|image| image as &dyn Image)
+}
+
+async fn apply(pool: &PgPool, rules: &Rules, facts: &[Facts], lock_timeout: Duration) -> anyhow::Result<()> {
+    let mut tx = pool.begin().await?;
+    let plan = triggers::plan(&mut tx, rules, facts).await?;
+    triggers::apply(&mut tx, &plan, lock_timeout)
+        .await
+        .context("nothing has changed; if a table was busy, try again or raise --lock-timeout")?;
+    tx.commit().await?;
+    print_steps(&plan);
+    warn_of_foreign_partitions(facts);
+    println!("the triggers are what the rules say; {} changes were made", plan.steps.len());
+    Ok(())
+}
+
+async fn explain(
+    pool: &PgPool,
+    rules: &Rules,
+    facts: &[Facts],
+    statement: &str,
+    lock_timeout: Duration,
+) -> anyhow::Result<()> {
+    let first_word = statement.split_whitespace().next().unwrap_or_default().to_lowercase();
+    if !EXPLAINABLE.contains(&first_word.as_str()) {
+        bail!("explain runs one statement that begins with {}", EXPLAINABLE.join(", "));
+    }
+    let mut tx = pool.begin().await?;
+    let plan = triggers::plan(&mut tx, rules, facts).await?;
+    triggers::apply(&mut tx, &plan, lock_timeout)
+        .await
+        .context("nothing has changed; if a table was busy, try again or raise --lock-timeout")?;
+    // Prepared, so that it is one statement for certain.
+    let done = sqlx::query(AssertSqlSafe(statement)).execute(&mut *tx).await?;
+    let events = testing::enqueued(&mut tx).await?;
+    tx.rollback().await?;
+    println!("{} rows, {} events; rolled back", done.rows_affected(), events.len());
+    for event in &events {
+        for key in &event.keys {
+            println!("{}  {key}{}", event.topic, if event.namespace { "*" } else { "" });
+        }
+    }
+    Ok(())
+}
+
+async fn print_coverage(connection: &mut PgConnection, rules: &Rules, facts: &[Facts]) -> anyhow::Result<()> {
+    let coverage = coverage(connection, rules, facts).await?;
+    for table in &coverage.tables {
+        println!("{table:<40} no rules");
+    }
+    for (table, columns) in &coverage.columns {
+        println!("{table:<40} not watched: {}", columns.join(", "));
+    }
+    println!("{} tables have rules, {} have none", facts.len(), coverage.tables.len());
+    Ok(())
+}
+
+fn print_steps(plan: &Plan) {
+    for step in &plan.steps {
+        println!("{}", step.what);
+    }
+}
+
+fn warn_of_foreign_partitions(facts: &[Facts]) {
+    for relation in facts.iter().flat_map(|facts| &facts.relations).filter(|relation| relation.is_foreign) {
+        println!(
+            "!! {}.{} is a foreign table: what is changed in it directly, or where it lives, is not captured",
+            relation.schema, relation.name
+        );
+    }
+}
