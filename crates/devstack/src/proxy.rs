@@ -23,9 +23,10 @@ pub enum Mode {
     Pass,
     /// Accepts and forwards nothing; what arrives is forwarded after the mode has changed.
     Stall,
-    /// Throws away what the client sends; the server's bytes pass.
+    /// Throws away what the client sends; the server's bytes pass. A connection that has lost bytes is reset when it would
+    /// forward again: TCP loses connections, but never something in the middle of one.
     DropToServer,
-    /// Throws away what the server sends; the client's bytes pass.
+    /// Throws away what the server sends, in the same manner; the client's bytes pass.
     DropToClient,
     /// Forwards every chunk of bytes this much later, in both directions.
     Delay(Duration),
@@ -169,6 +170,7 @@ async fn pump(
 ) -> Result<()> {
     let mut modes = control.subscribe();
     let mut buffer = vec![0; BUFFER_BYTES];
+    let mut has_gap = false;
     loop {
         let length = source.read(&mut buffer).await?;
         let mode = modes.wait_for(|control| control.mode != Mode::Stall).await?.mode;
@@ -187,8 +189,10 @@ async fn pump(
             _ => false,
         };
         if lost && length > 0 {
+            has_gap = true;
             continue;
         }
+        ensure!(!has_gap, "bytes were lost before these");
         if length == 0 {
             // The other direction may still have something to say.
             return Ok(target.shutdown().await?);

@@ -100,6 +100,21 @@ async fn dropping_to_the_client_delivers_the_request_and_loses_the_reply() {
 }
 
 #[tokio::test]
+async fn connection_that_lost_bytes_is_reset_when_it_would_forward_again() {
+    for mode in [Mode::DropToServer, Mode::DropToClient] {
+        let (proxy, received) = start().await;
+        let mut client = TcpStream::connect(proxy.addr()).await.unwrap();
+        proxy.set_mode(mode);
+        client.write_all(b"lost").await.unwrap();
+        assert!(is_silent(&mut client).await);
+        proxy.set_mode(Mode::Pass);
+        let heard = received.lock().unwrap().len();
+        assert!(exchange(&mut client, "later").await.is_err(), "{mode:?}");
+        assert!(mode == Mode::DropToClient || received.lock().unwrap().len() == heard);
+    }
+}
+
+#[tokio::test]
 async fn dropping_one_reply_resets_that_connection_and_then_passes() {
     let (proxy, received) = start().await;
     let mut client = TcpStream::connect(proxy.addr()).await.unwrap();
