@@ -1,23 +1,23 @@
 //! Measures the pair beside the raw limits of the same machine.
 
 mod account;
+mod cache;
 mod claim;
 mod drain;
 mod events;
 mod figures;
 mod idle;
 mod latency;
-mod numbers;
-mod percentiles;
+pub mod numbers;
+pub mod percentiles;
 mod plain;
 mod readme;
 mod surroundings;
 mod wal;
 mod writers;
 
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
-use anyhow::Context;
 use clap::ValueEnum;
 use devstack::Binary;
 
@@ -61,6 +61,8 @@ enum Bench {
     Claim,
     /// Write-ahead log and dead tuples
     Wal,
+    /// Reads through the cache and strict writes, against plain commands
+    Cache,
 }
 
 /// How much to measure.
@@ -79,7 +81,7 @@ impl Scale {
 /// Measures and prints the table.
 pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     if cfg!(debug_assertions) {
-        return run_in_release();
+        return programs::run_this_in_release("the benchmarks");
     }
     servers::provide(Binary::SERVERS)?;
     println!("Building relay and subscriber in release; the first time this takes a few minutes.");
@@ -95,15 +97,6 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         readme::write(&format!("{}\n{surroundings}\n", figures::markdown(&figures)))?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// What generates the load must not be a debug build.
-fn run_in_release() -> anyhow::Result<ExitCode> {
-    println!("Building the benchmarks in release; the first time this takes a few minutes.");
-    let program = programs::build_self()?;
-    let status =
-        Command::new(program).args(std::env::args_os().skip(1)).status().context("cannot start it")?;
-    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 async fn measure(
@@ -122,6 +115,7 @@ async fn measure(
             Bench::Idle => idle::measure(programs, scale).await?,
             Bench::Claim => claim::measure(programs, scale).await?,
             Bench::Wal => wal::measure(programs, scale).await?,
+            Bench::Cache => cache::measure(scale).await?,
         });
     }
     Ok((surroundings, figures))
