@@ -1,4 +1,4 @@
-//! A relay or a subscriber as a process.
+//! A relay, a subscriber or a service as a process.
 
 use std::path::Path;
 use std::process::Command;
@@ -84,8 +84,15 @@ impl Daemon {
     }
 
     async fn get(&self, path: &str) -> anyhow::Result<(u16, String)> {
+        self.request("GET", path, "").await
+    }
+
+    /// One HTTP request with a JSON body, if any: status and body of the answer.
+    pub async fn request(&self, method: &str, path: &str, body: &str) -> anyhow::Result<(u16, String)> {
         let mut connection = TcpStream::connect(self.http.address()).await?;
-        connection.write_all(format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n").as_bytes()).await?;
+        let about_body = format!("Content-Type: application/json\r\nContent-Length: {}", body.len());
+        let request = format!("{method} {path} HTTP/1.0\r\nHost: localhost\r\n{about_body}\r\n\r\n{body}");
+        connection.write_all(request.as_bytes()).await?;
         let mut answer = String::new();
         connection.read_to_string(&mut answer).await?;
         let status = answer.split_whitespace().nth(1).and_then(|status| status.parse().ok());

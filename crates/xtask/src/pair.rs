@@ -1,5 +1,6 @@
 //! Servers, a relay and a subscriber.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -55,6 +56,12 @@ impl Ground {
     pub fn spawn_subscriber(&self) -> anyhow::Result<Daemon> {
         let own = [("REDIS_URL", self.stack.redis_url()), ("NATS_URL", self.stack.nats_url())];
         Daemon::spawn(self.stack.directory(), &self.programs.subscriber, &own)
+    }
+
+    /// Starts a service that reads and writes. Does not wait until it serves.
+    pub fn spawn_service(&self, program: &Path) -> anyhow::Result<Daemon> {
+        let own = [("DATABASE_URL", self.stack.postgres_url()), ("REDIS_URL", self.stack.redis_url())];
+        Daemon::spawn(self.stack.directory(), program, &own)
     }
 
     /// Starts a relay and a subscriber and waits until both are ready.

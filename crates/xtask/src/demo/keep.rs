@@ -22,12 +22,16 @@ pub fn leave_running(stage: &Stage, programs: &Programs) -> anyhow::Result<()> {
     line("Redis", &stack.redis_url());
     line("relay", &format!("{0}/metrics  {0}/readyz", stage.relay.http_url()));
     line("subscriber", &format!("{0}/metrics  {0}/readyz", stage.subscriber.http_url()));
+    line("service", &stage.service.url(EXAMPLE));
     line("logs", &format!("{}/*.log", stack.directory().path().display()));
 
     heading("Play");
     println!("  {redis} set {} cached", key(EXAMPLE));
     println!("  psql {} -c \"select outbox.enqueue(array['{}'])\"", stack.postgres_url(), key(EXAMPLE));
     println!("  {redis} get {}", key(EXAMPLE));
+    let body = "-H 'content-type: application/json' -d '{\"name\": \"Ada\"}'";
+    println!("  curl -X PUT '{}?mode=strict' {body}", stage.service.url(EXAMPLE));
+    println!("  curl {}", stage.service.url(EXAMPLE));
     println!("  nats --server {} stream view INVALIDATIONS", stack.nats_url());
     let relay = programs.relay.display();
     println!("  DATABASE_URL={} NATS_URL={} {relay} status", stack.postgres_url(), stack.nats_url());

@@ -5,3 +5,4 @@ pub mod crash;
 pub mod outage;
 pub mod plain_sql;
 pub mod rollback;
+pub mod service;

@@ -1,10 +1,12 @@
 //! The servers and programs the scenes play with, and what a service does with them.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use outbox::Event;
 
+use super::service::Service;
 use super::timeline::Zero;
 use crate::daemon::Daemon;
 use crate::observer::Memory;
@@ -25,6 +27,8 @@ pub struct Stage {
     pub relay: Daemon,
     /// The subscriber.
     pub subscriber: Daemon,
+    /// The example service.
+    pub service: Service,
     /// Sees deletions in Redis.
     pub deletions: Memory,
 }
@@ -41,18 +45,16 @@ pub struct Committed {
 }
 
 impl Stage {
-    /// Starts relay and subscriber beside the servers and gives the service a table.
-    pub async fn set(ground: Ground) -> anyhow::Result<Self> {
+    /// Starts relay, subscriber and the example service beside the servers, and fills its table.
+    pub async fn set(ground: Ground, example: &Path) -> anyhow::Result<Self> {
         let (relay, subscriber) = ground.spawn_pair().await?;
-        sqlx::query("create table users (id integer primary key, name text not null)")
-            .execute(&ground.pool)
-            .await?;
+        let service = Service::start(&ground, example).await?;
         sqlx::query("insert into users select n, 'user ' || n from generate_series(1, $1) n")
             .bind(USERS)
             .execute(&ground.pool)
             .await?;
         let deletions = Memory::start(ground.stack.redis.address()).await?;
-        let stage = Self { ground, relay, subscriber, deletions };
+        let stage = Self { ground, relay, subscriber, service, deletions };
         // The first of everything opens connections and warms caches; nobody wants to see that.
         for _ in 0..20 {
             stage.commit_and_wait(USERS).await?;
