@@ -3,6 +3,7 @@
 mod bench;
 mod daemon;
 mod demo;
+mod history;
 mod observer;
 mod paint;
 mod pair;
@@ -33,6 +34,10 @@ enum Task {
     Demo(demo::Arguments),
     Test(test::Arguments),
     Bench(bench::Arguments),
+    CheckHistory(history::Arguments),
+    /// A reader or a writer of check-history
+    #[command(hide = true)]
+    HistoryProcess(history::ProcessArguments),
 }
 
 fn main() -> ExitCode {
@@ -40,6 +45,8 @@ fn main() -> ExitCode {
         Task::Demo(arguments) => demo::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),
+        Task::CheckHistory(arguments) => history::run(&arguments),
+        Task::HistoryProcess(arguments) => history::run_process(arguments).map(|()| ExitCode::SUCCESS),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("\nerror: {error:#}");

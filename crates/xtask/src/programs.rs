@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, ensure};
 
@@ -32,9 +32,19 @@ pub fn build() -> anyhow::Result<Programs> {
     Ok(Programs { relay: find("relay")?, subscriber: find("subscriber")? })
 }
 
-/// Builds this very program in release and returns where it is.
-pub fn build_self() -> anyhow::Result<PathBuf> {
-    find(&build_release(&["xtask"])?, "xtask")
+/// Builds the example service in release and returns where it is.
+pub fn build_example() -> anyhow::Result<PathBuf> {
+    find(&build_release(&["example"])?, "example")
+}
+
+/// Builds this very program in release and runs it with the same arguments: what generates a load must not be a debug
+/// build.
+pub fn run_this_in_release(what: &str) -> anyhow::Result<ExitCode> {
+    println!("Building {what} in release; the first time this takes a few minutes.");
+    let program = find(&build_release(&["xtask"])?, "xtask")?;
+    let status =
+        Command::new(program).args(std::env::args_os().skip(1)).status().context("cannot start it")?;
+    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn build_release(packages: &[&str]) -> anyhow::Result<Vec<PathBuf>> {
