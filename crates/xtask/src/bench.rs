@@ -13,6 +13,7 @@ pub mod percentiles;
 mod plain;
 mod readme;
 mod surroundings;
+mod triggers;
 mod wal;
 mod writers;
 
@@ -55,6 +56,8 @@ enum Bench {
     Latency,
     /// What enqueueing costs the writers
     Writers,
+    /// What capture by triggers costs the writers
+    Triggers,
     /// What relay and subscriber cost while nothing happens
     Idle,
     /// Claiming from a large table, and with vacuum held back
@@ -115,6 +118,7 @@ async fn measure(
             Bench::Idle => idle::measure(programs, scale).await?,
             Bench::Claim => claim::measure(programs, scale).await?,
             Bench::Wal => wal::measure(programs, scale).await?,
+            Bench::Triggers => triggers::measure(scale).await?,
             Bench::Cache => cache::measure(scale).await?,
         });
     }

@@ -12,7 +12,7 @@ use super::percentiles::Delays;
 use super::{Scale, events, latency, progress, surroundings};
 use crate::pair::Ground;
 use crate::programs::Programs;
-pub use load::{Extra, transactions};
+pub use load::{Extra, play, transactions};
 
 /// Writers at the same time.
 const WRITERS: [usize; 3] = [1, 8, 32];
