@@ -11,6 +11,7 @@ mod postgres_faults;
 mod readme;
 mod redis_faults;
 mod resolver;
+mod roles;
 mod strict;
 mod tidy;
 mod triggers;
