@@ -5,6 +5,8 @@ use sqlx::postgres::PgRow;
 use sqlx::{Postgres, Row, Transaction};
 use uuid::Uuid;
 
+use crate::log_event;
+
 /// A Postgres transaction id that never wraps around (`xid8`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Xid(pub u64);
@@ -23,7 +25,7 @@ pub struct Receipt {
     pub event_id: EventId,
     /// The transaction that it belongs to.
     pub xid: Xid,
-    /// Its place in the outbox.
+    /// Its place in the outbox; its position in the log after [`through_wal`].
     pub seq: i64,
 }
 
@@ -65,11 +67,24 @@ pub fn without_prepared_statements() {
     PREPARED.store(false, Ordering::Relaxed);
 }
 
+/// Whether events go to the write-ahead log alone.
+static THROUGH_LOG: AtomicBool = AtomicBool::new(false);
+
+/// For a process whose events shall be written to the write-ahead log alone, not to the table `outbox.events`: call it
+/// once at the start. Nothing is inserted, nothing deleted, nothing to vacuum; rolled back with the transaction all the
+/// same. **Only a relay that runs with `--source wal` sees such events.** Needs Postgres 14 with `wal_level = logical`.
+pub fn through_wal() {
+    THROUGH_LOG.store(true, Ordering::Relaxed);
+}
+
 /// Records in the caller's transaction that the keys of `event` change when it commits. One statement.
 ///
 /// # Errors
 /// [`EnqueueError`]. Not cancel-safe: after a cancelled call roll the transaction back.
 pub async fn enqueue(tx: &mut Transaction<'_, Postgres>, event: &Event) -> Result<Receipt, EnqueueError> {
+    if THROUGH_LOG.load(Ordering::Relaxed) {
+        return Ok(enqueue_through_wal(tx, std::slice::from_ref(event)).await?.swap_remove(0));
+    }
     if *event.change() == Change::Namespace {
         return enqueue_namespaces(tx, event).await;
     }
@@ -121,6 +136,9 @@ pub async fn enqueue_all(
     if events.is_empty() {
         return Ok(Vec::new());
     }
+    if THROUGH_LOG.load(Ordering::Relaxed) {
+        return enqueue_through_wal(tx, events).await;
+    }
     let mut columns = Columns::with_capacity(events.len());
     events.iter().for_each(|event| columns.push(event));
     let rows = sqlx::query(
@@ -143,6 +161,32 @@ pub async fn enqueue_all(
     .fetch_all(&mut **tx)
     .await?;
     rows.iter().map(receipt).collect()
+}
+
+/// What [`enqueue_all`] does after [`through_wal`], for one call: writes events to the write-ahead log alone, as part of
+/// the transaction.
+///
+/// # Errors
+/// [`EnqueueError`]; either all events are enqueued or none.
+pub async fn enqueue_through_wal(
+    tx: &mut Transaction<'_, Postgres>,
+    events: &[Event],
+) -> Result<Vec<Receipt>, EnqueueError> {
+    let rows = sqlx::query(
+        "select pg_current_xact_id()::text::bigint,
+                (pg_logical_emit_message(true, $1, u.content) - '0/0'::pg_lsn)::bigint
+         from unnest($2::bytea[]) u (content)",
+    )
+    .persistent(PREPARED.load(Ordering::Relaxed))
+    .bind(log_event::PREFIX)
+    .bind(events.iter().map(log_event::encode).collect::<Vec<_>>())
+    .fetch_all(&mut **tx)
+    .await?;
+    let receipt = |(row, event): (&PgRow, &Event)| {
+        let xid = Xid(row.try_get::<i64, _>(0)?.cast_unsigned());
+        Ok(Receipt { event_id: event.id(), xid, seq: row.try_get(1)? })
+    };
+    rows.iter().zip(events).map(receipt).collect()
 }
 
 /// Events turned on their side, one array per column; the keys of an event are an array literal, since Postgres cannot

@@ -17,6 +17,9 @@ pub mod testing;
 pub use claim::{Claim, ClaimOptions, Claimed, Poison, wait_for_events};
 #[cfg(feature = "cache")]
 pub use commit::{CommitError, CommitLimits, Committed, Marks, Writer};
-pub use enqueue::{EnqueueError, Receipt, Xid, enqueue, enqueue_all, without_prepared_statements};
+pub use enqueue::{
+    EnqueueError, Receipt, Xid, enqueue, enqueue_all, enqueue_through_wal, through_wal,
+    without_prepared_statements,
+};
 pub use event::{CacheKey, Event, EventId, InvalidEvent, Topic, Traceparent};
 pub use migrate::{MigrateError, SchemaState, migrate, schema_state};

@@ -3,6 +3,7 @@
 mod dead;
 mod doctor;
 mod rules;
+mod slot;
 mod status;
 
 use std::time::Duration;
@@ -16,6 +17,7 @@ use crate::{Config, database, run};
 
 pub use dead::DeadCommand;
 pub use rules::RulesCommand;
+pub use slot::SlotCommand;
 
 /// An operator waits in front of the terminal: give up early.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -35,6 +37,9 @@ pub enum Command {
     /// Check, try and install the rules: which cache keys depend on which table
     #[command(subcommand)]
     Rules(RulesCommand),
+    /// Show the replication slot, accept what it has missed, or drop it
+    #[command(subcommand)]
+    Slot(SlotCommand),
     /// Ask the running relay at HTTP_ADDR whether it is ready; exits with 1 if not
     Health,
     /// Check database, stream and clocks, and say what to do about each finding; exits with 1 if something is wrong
@@ -65,6 +70,7 @@ pub async fn execute(command: Command, config: &Config) -> anyhow::Result<()> {
         Command::Run | Command::Health | Command::Migrate => unreachable!("handled before"),
         Command::Status => status::print(&pool, config).await,
         Command::Dead(command) => dead::execute(&pool, command).await,
+        Command::Slot(command) => slot::execute(&pool, config, command).await,
         Command::Doctor => doctor::print(&pool, config).await,
         Command::Rules(command) => rules::execute(&pool, command, config).await,
     }

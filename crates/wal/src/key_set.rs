@@ -120,14 +120,14 @@ mod tests {
     }
 
     #[test]
-    fn a_million_keys_take_little_more_than_their_bytes() {
+    fn many_keys_take_little_more_than_their_bytes() {
         let mut set = KeySet::default();
         let mut bytes = 0;
-        for number in 0..1_000_000 {
+        for number in 0..200_000 {
             let key = format!("user:{number}:profile");
             bytes += key.len();
             set.insert(&key);
         }
-        assert!(set.bytes() < bytes + 14 * 1_000_000, "{} for {bytes}", set.bytes());
+        assert!(set.bytes() < bytes + 14 * 200_000, "{} for {bytes}", set.bytes());
     }
 }

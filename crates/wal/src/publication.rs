@@ -67,6 +67,16 @@ pub enum Drift {
     TooWide,
 }
 
+impl std::fmt::Display for Drift {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::Missing => "does not exist",
+            Self::Differs => "is not for exactly the tables and kinds of change of the rules",
+            Self::TooWide => "is for all tables, or for a whole schema",
+        })
+    }
+}
+
 /// Makes the publication be for exactly the tables of the rules, and returns which object id has which rules.
 ///
 /// # Errors

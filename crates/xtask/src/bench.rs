@@ -2,6 +2,7 @@
 
 mod account;
 mod cache;
+mod capture;
 mod claim;
 mod drain;
 mod events;
@@ -66,6 +67,8 @@ enum Bench {
     Wal,
     /// Reads through the cache and strict writes, against plain commands
     Cache,
+    /// Capture from the write-ahead log, beside the outbox
+    Capture,
 }
 
 /// How much to measure.
@@ -120,6 +123,7 @@ async fn measure(
             Bench::Wal => wal::measure(programs, scale).await?,
             Bench::Triggers => triggers::measure(scale).await?,
             Bench::Cache => cache::measure(scale).await?,
+            Bench::Capture => capture::measure(programs, scale).await?,
         });
     }
     Ok((surroundings, figures))

@@ -4,6 +4,8 @@ mod basics;
 mod faults;
 mod gaps;
 mod gate;
+mod large;
+mod outbox;
 mod schema;
 mod transactions;
 

@@ -1,3 +1,5 @@
+mod log;
+
 use std::time::Duration;
 
 use anyhow::bail;
@@ -8,7 +10,8 @@ use outbox::diagnosis::{self, Facts};
 use sqlx::PgPool;
 
 use super::{look_at_stream, rules};
-use crate::{Config, stream};
+use crate::config::{Config, Source};
+use crate::stream;
 
 /// The oldest Postgres with everything the outbox uses (`xid8`, `pg_current_xact_id`).
 const OLDEST_POSTGRES: i32 = 130_000;
@@ -40,9 +43,11 @@ pub(super) async fn print(pool: &PgPool, config: &Config) -> anyhow::Result<()> 
     let skew = clock_skew(before, Utc::now(), facts.now);
     let mut findings = judge_database(&facts, skew);
     findings.push(judge_dead_letters(dead_letters::count(pool).await?));
-    if config.capture.rules.is_some() {
+    // Who reads the log by the rules needs no triggers.
+    if config.capture.rules.is_some() && !config.capture.has(Source::Wal) {
         findings.push(judge_triggers(rules::missing(pool, config).await));
     }
+    findings.extend(log::judge(pool, config).await?);
     match look_at_stream(config).await {
         Ok((nats, _, info)) => findings.extend(judge_stream(&info, &nats.client.server_info(), config)),
         Err(error) => findings.push(Finding {

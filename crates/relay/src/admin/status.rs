@@ -3,7 +3,8 @@ use outbox::{backlog, dead_letters};
 use sqlx::PgPool;
 
 use super::look_at_stream;
-use crate::Config;
+use super::slot::describe;
+use crate::config::{Config, Source};
 
 /// Counting stops here; a larger backlog is shown as "more than".
 const COUNT_LIMIT: i64 = 1_000_000;
@@ -24,6 +25,10 @@ pub(super) async fn print(pool: &PgPool, config: &Config) -> anyhow::Result<()> 
         println!("last publish  {:.1} s ago", seconds(Utc::now() - last));
     }
     println!("dead letters  {}", dead_letters::count(pool).await?);
+    let slot = wal::slot::find(pool, &config.capture.slot).await?;
+    if slot.is_some() || config.capture.has(Source::Wal) {
+        println!("slot          {}", describe(&config.capture.slot, slot.as_ref()));
+    }
     match look_at_stream(config).await {
         Ok((_, _, info)) => println!(
             "stream        {} holds {} messages, {:.1} MB, sequences {} to {}, {} consumers",

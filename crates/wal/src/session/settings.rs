@@ -35,6 +35,8 @@ pub(super) enum Host {
 #[derive(Clone)]
 pub struct Settings {
     pub(super) host: Host,
+    /// Where to connect instead of asking for the address of the host; the host stays what its certificate must name.
+    pub(super) address: Option<String>,
     pub(super) port: u16,
     pub(super) user: String,
     password: Option<String>,
@@ -77,6 +79,7 @@ impl Settings {
         let user = decode(url.username())?;
         let mut settings = Self {
             host: host(&decode(url.host_str().unwrap_or_default())?),
+            address: None,
             port: url.port().unwrap_or(DEFAULT_PORT),
             user: if user.is_empty() { environment("PGUSER").unwrap_or("postgres".to_owned()) } else { user },
             password: url.password().map(decode).transpose()?.or_else(|| environment("PGPASSWORD")),
@@ -88,7 +91,8 @@ impl Settings {
         for (name, value) in url.query_pairs() {
             let value = value.into_owned();
             match name.as_ref() {
-                "host" | "hostaddr" => settings.host = host(&value),
+                "host" => settings.host = host(&value),
+                "hostaddr" => settings.address = Some(value),
                 "port" => settings.port = value.parse().map_err(|_| SettingsError::Url)?,
                 "user" => settings.user = value,
                 "password" => settings.password = Some(value),

@@ -24,7 +24,8 @@ pub(super) async fn connect(settings: &Settings) -> Result<Transport, SessionErr
         }
         Host::Name(name) => name,
     };
-    let mut tcp = TcpStream::connect((name.as_str(), settings.port)).await?;
+    let address = settings.address.as_deref().unwrap_or(name);
+    let mut tcp = TcpStream::connect((address, settings.port)).await?;
     tcp.set_nodelay(true)?;
     if settings.ssl_mode == SslMode::Disable {
         return Ok(Box::pin(tcp));

@@ -14,7 +14,7 @@ use crate::daemon::Daemon;
 use crate::pair::Ground;
 use crate::programs::Programs;
 use crate::resp::Connection;
-use memory::Memory;
+pub use memory::Memory;
 
 /// How often Redis is asked how many keys are left.
 const LOOK_INTERVAL: Duration = Duration::from_millis(2);

@@ -12,8 +12,8 @@ use super::{Scale, progress, surroundings};
 use crate::observer;
 use crate::pair::Ground;
 use crate::programs::Programs;
-pub use run::{ACCOUNTS, create_accounts};
-use run::{Outcome, Way};
+use run::Outcome;
+pub use run::{ACCOUNTS, Way, create_accounts, play};
 
 /// Transactions a second.
 const RATES: [u64; 3] = [100, 1_000, 5_000];

@@ -31,6 +31,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub enum Way {
     /// The pair, told by an event in the transaction.
     Outbox,
+    /// The pair, which reads the write-ahead log.
+    Log,
     /// The service, after its commit.
     Plain,
 }
@@ -110,6 +112,14 @@ impl Writer {
     }
 
     async fn transact(&mut self, number: u64) -> anyhow::Result<()> {
+        if self.way == Way::Log {
+            let mut tx = self.postgres.begin().await?;
+            sqlx::query("update profiles set n = n + 1 where id = $1")
+                .bind(i64::try_from(number)?)
+                .execute(&mut *tx)
+                .await?;
+            return Ok(tx.commit().await?);
+        }
         let mut tx = self.postgres.begin().await?;
         sqlx::query("update accounts set balance = balance + 1 where id = $1")
             .bind(1 + i32::try_from(number % u64::from(ACCOUNTS.cast_unsigned()))?)

@@ -1,0 +1,144 @@
+//! The write-ahead log: server, slot, publication.
+
+use rules::Rules;
+use sqlx::PgPool;
+use wal::publication;
+use wal::slot::{self, ServerFacts, SlotState};
+
+use super::{Finding, finding};
+use crate::admin::slot::describe;
+use crate::config::{Config, Source};
+
+/// Looks at everything that capture from the log needs.
+pub(super) async fn judge(pool: &PgPool, config: &Config) -> anyhow::Result<Vec<Finding>> {
+    let state = slot::find(pool, &config.capture.slot).await?;
+    if !config.capture.has(Source::Wal) {
+        return Ok(vec![judge_without(config, state.as_ref())]);
+    }
+    let facts = slot::server_facts(pool).await?;
+    let mut findings = judge_server(&facts, state.is_some());
+    findings.push(judge_slot(config, state.as_ref()));
+    findings.extend(judge_rules(pool, config).await?);
+    Ok(findings)
+}
+
+/// Without a reader a slot fills the disk.
+fn judge_without(config: &Config, state: Option<&SlotState>) -> Finding {
+    let name = &config.capture.slot;
+    match state {
+        Some(state) if state.active_pid.is_none() => finding(
+            "source",
+            format!("this relay does not read the write-ahead log, and slot {}", describe(name, Some(state))),
+            false,
+            "run a relay with --source outbox,wal, or `relay slot drop`: log is kept for it until the disk is full",
+        ),
+        Some(state) => {
+            finding("source", format!("another relay reads slot {}", describe(name, Some(state))), true, "")
+        }
+        None => finding(
+            "source",
+            "outbox alone: what services write after outbox::through_wal() is not seen".to_owned(),
+            true,
+            "",
+        ),
+    }
+}
+
+fn judge_server(facts: &ServerFacts, slot_exists: bool) -> Vec<Finding> {
+    vec![
+        finding(
+            "wal level",
+            facts.wal_level.clone(),
+            facts.wal_level == "logical",
+            "set wal_level = logical in postgresql.conf and restart Postgres",
+        ),
+        finding(
+            "slots",
+            format!("{} of {} taken, {} senders", facts.slots, facts.max_slots, facts.max_wal_senders),
+            facts.max_wal_senders > 0 && (slot_exists || facts.slots < facts.max_slots),
+            "raise max_replication_slots and max_wal_senders and restart Postgres, or drop a slot nobody reads",
+        ),
+        finding(
+            "role",
+            if facts.may_replicate { "may replicate" } else { "may not replicate" }.to_owned(),
+            facts.may_replicate,
+            "`alter role … replication`; on RDS grant it rds_replication",
+        ),
+        finding(
+            "log limit",
+            facts.keep_limit_mb.map_or(
+                "max_slot_wal_keep_size is not set: a slot that nobody reads fills the disk".to_owned(),
+                |limit| format!("max_slot_wal_keep_size = {limit} MB"),
+            ),
+            true,
+            "",
+        ),
+        finding(
+            "primary",
+            if facts.is_standby { "no" } else { "yes" }.to_owned(),
+            !facts.is_standby,
+            "connect to the primary",
+        ),
+    ]
+}
+
+fn judge_slot(config: &Config, state: Option<&SlotState>) -> Finding {
+    let fact = describe(&config.capture.slot, state);
+    let remedy = match state {
+        None => Some(
+            "start a relay with --source wal; if one has run before, changes are missing: see RELAY_GAP_POLICY",
+        ),
+        Some(state) if state.is_lost() => Some(
+            "Postgres removed log that was not read; RELAY_GAP_POLICY=flush, or flush the cache and `relay slot accept-gap`",
+        ),
+        Some(state) if state.wal_status == "unreserved" => {
+            Some("it is about to be lost; see why the relay lags, raise max_slot_wal_keep_size")
+        }
+        Some(state) if state.active_pid.is_none() => Some("no relay reads it; see the log of the relay"),
+        Some(state) if u64::try_from(state.lag_bytes).unwrap_or(0) > config.capture.slot_lag_limit => Some(
+            "further behind than RELAY_SLOT_LAG_LIMIT; is NATS reachable, is a huge transaction being decoded?",
+        ),
+        Some(_) => None,
+    };
+    Finding { subject: "slot", fact, remedy: remedy.map(str::to_owned) }
+}
+
+async fn judge_rules(pool: &PgPool, config: &Config) -> anyhow::Result<Vec<Finding>> {
+    let Some(file) = &config.capture.rules else {
+        return Ok(vec![finding("rules", "RELAY_RULES is not set".to_owned(), false, "name the rules file")]);
+    };
+    let rules = match Rules::load(file) {
+        Ok(rules) => rules,
+        Err(error) => return Ok(vec![finding("rules", error.to_string(), false, "correct the rules file")]),
+    };
+    let tables = match publication::resolve(pool, &rules).await {
+        Ok(tables) => tables,
+        Err(error) => {
+            return Ok(vec![finding(
+                "rules",
+                error.to_string(),
+                false,
+                "correct the rules, or create the table",
+            )]);
+        }
+    };
+    let mut findings: Vec<Finding> = publication::identity_problems(pool, &rules, &tables)
+        .await?
+        .into_iter()
+        .map(|problem| finding("identity", problem.to_string(), false, "see there"))
+        .collect();
+    let drift = publication::drift(pool, &config.capture.publication, &tables).await?;
+    findings.push(finding(
+        "publication",
+        format!(
+            "{} {}",
+            config.capture.publication,
+            drift
+                .as_ref()
+                .map_or("is for exactly the tables of the rules".to_owned(), |drift| format!("{drift}"))
+        ),
+        drift.is_none(),
+        "a relay with --source wal corrects it when it starts, unless it is for all tables: drop it then",
+    ));
+    Ok(findings)
+}

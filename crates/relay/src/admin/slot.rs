@@ -1,0 +1,67 @@
+use anyhow::bail;
+use clap::Subcommand;
+use outbox::capture;
+use sqlx::PgPool;
+use wal::slot::{self, SlotState};
+
+use crate::Config;
+
+/// What to do with the slot.
+#[derive(Debug, Clone, Subcommand)]
+pub enum SlotCommand {
+    /// Show where it is
+    Show,
+    /// Go on although changes are missing: a lost slot is dropped, and reading begins anew. Flush the cache first
+    AcceptGap,
+    /// Drop it, so that Postgres keeps no log for it any more: no relay reads the log from now on
+    Drop,
+}
+
+pub(super) async fn execute(pool: &PgPool, config: &Config, command: SlotCommand) -> anyhow::Result<()> {
+    let name = &config.capture.slot;
+    let state = slot::find(pool, name).await?;
+    if let (Some(pid), SlotCommand::AcceptGap | SlotCommand::Drop) =
+        (state.as_ref().and_then(|state| state.active_pid), &command)
+    {
+        bail!("slot {name} is being read (server process {pid}); stop the relays with --source wal first");
+    }
+    match command {
+        SlotCommand::Show => println!("{}", describe(name, state.as_ref())),
+        SlotCommand::AcceptGap => {
+            if state.is_some_and(|state| state.is_lost()) {
+                slot::discard(pool, name).await?;
+            }
+            capture::forget(pool, name).await?;
+            println!("what is missing is accepted; a relay with --source wal begins anew");
+        }
+        SlotCommand::Drop => {
+            slot::discard(pool, name).await?;
+            capture::forget(pool, name).await?;
+            println!("slot {name} is dropped");
+        }
+    }
+    Ok(())
+}
+
+/// One line about the slot.
+pub(super) fn describe(name: &str, state: Option<&SlotState>) -> String {
+    let Some(state) = state else { return format!("{name} does not exist") };
+    let reader =
+        state.active_pid.map_or("nobody reads it".to_owned(), |pid| format!("read by process {pid}"));
+    let room = state
+        .safe_bytes
+        .map_or(String::new(), |bytes| format!(", lost after {:.1} MB more", megabytes(bytes)));
+    format!(
+        "{name} at {}, {}, {:.1} MB behind, {:.1} MB of log kept ({}{room})",
+        state.confirmed,
+        reader,
+        megabytes(state.lag_bytes),
+        megabytes(state.retained_bytes),
+        state.wal_status,
+    )
+}
+
+#[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]
+fn megabytes(bytes: i64) -> f64 {
+    bytes as f64 / 1e6
+}
