@@ -28,7 +28,7 @@ use pump::{Pump, PumpError};
 use reader::{ReadEnd, ReadError};
 
 pub use monitor::monitor;
-pub use opening::preflight;
+pub use opening::{check_rules, preflight};
 
 /// Pauses before the log is read again after a failure.
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(100);

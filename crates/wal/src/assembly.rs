@@ -9,7 +9,7 @@ use std::sync::Arc;
 use pgwire_replication::Lsn;
 use rules::{Image, MissingValue, Rules, TableRules};
 
-use crate::pgoutput::{DecodeError, Message, OldTuple, Relation, Tuple, decode};
+use crate::pgoutput::{DecodeError, Message, OldTuple, Relation, ReplicaIdentity, Tuple, decode};
 use crate::row::Row;
 
 use pending::Pending;
@@ -72,6 +72,8 @@ struct Watched {
     relation: Relation,
     /// Index of its rules.
     table: Option<usize>,
+    /// Column of the rules that the log does not hold of old rows: the replica identity was changed since the start.
+    not_logged: Option<String>,
 }
 
 impl Assembler {
@@ -116,9 +118,11 @@ impl Assembler {
             }
             Message::StreamAbort { xid, subxid } => self.abort(xid, subxid),
             Message::Relation(relation) => self.learn(relation),
-            Message::Insert { xid, relation, new } => self.change(xid, relation, None, Some(new))?,
-            Message::Update { xid, relation, old, new } => self.change(xid, relation, old, Some(new))?,
-            Message::Delete { xid, relation, old } => self.change(xid, relation, Some(old), None)?,
+            Message::Insert { xid, relation, new } => self.change(xid, relation, true, None, Some(new))?,
+            Message::Update { xid, relation, old, new } => {
+                self.change(xid, relation, false, old, Some(new))?
+            }
+            Message::Delete { xid, relation, old } => self.change(xid, relation, false, Some(old), None)?,
             Message::Truncate { xid, relations } => self.truncate(xid, &relations)?,
             Message::Logical { xid, transactional, prefix, content } => {
                 if transactional && prefix == OUTBOX_PREFIX {
@@ -187,13 +191,15 @@ impl Assembler {
                 "the publication holds a table without rules; its changes invalidate nothing"
             );
         }
-        self.relations.insert(relation.oid, Watched { relation, table });
+        let not_logged = table.and_then(|index| not_logged(&self.rules.tables()[index], &relation));
+        self.relations.insert(relation.oid, Watched { relation, table, not_logged });
     }
 
     fn change(
         &mut self,
         xid: Option<u32>,
         oid: u32,
+        is_insert: bool,
         old: Option<OldTuple<'_>>,
         new: Option<Tuple<'_>>,
     ) -> Result<(), AssemblyError> {
@@ -205,6 +211,11 @@ impl Assembler {
             self.seen.unwatched += 1;
             return Ok(());
         };
+        if let (false, Some(column)) = (is_insert, &watched.not_logged) {
+            let because = " of old rows: the replica identity was changed";
+            let missing = MissingValue { table: table.qualified_name(), column: column.clone(), because };
+            return self.pending(xid, |pending| pending.add_unknown(table, &missing));
+        }
         let (old, key_only) = match &old {
             None => (None, false),
             Some(OldTuple::Key(values)) => (Some(values), true),
@@ -256,6 +267,15 @@ impl Assembler {
         self.held_bytes = self.held_bytes + part.bytes() - before;
         if self.held_bytes > MAX_HELD_BYTES { Err(AssemblyError::TooManyKeys) } else { Ok(()) }
     }
+}
+
+/// A column that the rules need and the replica identity lacks, though the table has it.
+fn not_logged(table: &TableRules, relation: &Relation) -> Option<String> {
+    if relation.identity == ReplicaIdentity::Full {
+        return None;
+    }
+    let is_logged = |name: &str| relation.columns.iter().all(|column| &*column.name != name || column.is_key);
+    table.needed_columns().into_iter().find(|name| !is_logged(name)).map(str::to_owned)
 }
 
 /// The keys of a changed row. Where the log does not hold the old row as a whole, what is compared is not known, so the

@@ -1,15 +1,11 @@
 //! The publication: which tables the log is decoded for. Exactly those of the rules.
 
-mod identity;
-
 use std::collections::HashMap;
 
 use rules::Rules;
 use sqlx::{AssertSqlSafe, PgPool, Row};
 
 use crate::name::{InvalidName, check_name};
-
-pub use identity::{IdentityProblem, identity_problems};
 
 /// Why the publication cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -27,9 +23,6 @@ pub enum PublicationError {
         /// The table.
         table: String,
     },
-    /// The log would not hold what the templates need.
-    #[error("the write-ahead log does not hold what the rules need:\n{}", lines(.0))]
-    Identity(Vec<IdentityProblem>),
     /// It publishes more than the rules know.
     #[error(
         "publication {0} is for all tables, or for a whole schema; drop it, and the relay creates one for exactly the \
@@ -50,10 +43,6 @@ pub enum PublicationError {
     /// Anything else.
     #[error("cannot look after the publication")]
     Database(#[from] sqlx::Error),
-}
-
-fn lines(problems: &[IdentityProblem]) -> String {
-    problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
 }
 
 /// How the publication differs from the rules.
@@ -77,7 +66,8 @@ impl std::fmt::Display for Drift {
     }
 }
 
-/// Makes the publication be for exactly the tables of the rules, and returns which object id has which rules.
+/// Makes the publication be for exactly the tables of the rules, and returns which object id has which rules. Whether
+/// their replica identity suffices must have been checked before: a table without one would refuse its writers.
 ///
 /// # Errors
 /// [`PublicationError`].
@@ -88,10 +78,6 @@ pub async fn ensure(
 ) -> Result<HashMap<u32, usize>, PublicationError> {
     check_name(name)?;
     let tables = resolve(pool, rules).await?;
-    let problems = identity_problems(pool, rules, &tables).await?;
-    if !problems.is_empty() {
-        return Err(PublicationError::Identity(problems));
-    }
     let statement = match drift(pool, name, &tables).await? {
         None => return Ok(tables),
         Some(Drift::TooWide) => return Err(PublicationError::TooWide(name.to_owned())),

@@ -3,6 +3,7 @@ use std::time::Duration;
 
 use outbox::capture::{self as recorded, Position};
 use rules::Rules;
+use rules::catalog::{self, CatalogError};
 use sqlx::PgPool;
 use wal::publication::{self, PublicationError};
 use wal::session::{ChangeStream, Identity, Session, SessionError, StreamOptions};
@@ -29,6 +30,13 @@ pub enum OpenError {
     Publication(#[from] PublicationError),
     #[error("Postgres failed")]
     Database(#[from] sqlx::Error),
+    #[error(
+        "{file}:{line}: table {table}: expand is SQL, which is not run for what the write-ahead log says; capture this \
+         table by triggers (`relay rules apply`) and leave it out of this file"
+    )]
+    Expand { file: String, line: usize, table: String },
+    #[error(transparent)]
+    Rules(#[from] CatalogError),
     #[error("this server is a standby; WAL capture reads from the primary")]
     Standby,
     #[error(transparent)]
@@ -55,8 +63,23 @@ pub async fn preflight(pool: &PgPool, config: &CaptureConfig, rules: &Rules) -> 
     if facts.wal_level != "logical" {
         return Err(SlotError::WalLevel(facts.wal_level).into());
     }
+    if let Some(table) = rules.tables().iter().find(|table| !table.expand.is_empty()) {
+        let (file, line, table) = (rules.file().to_owned(), table.expand[0].line, table.qualified_name());
+        return Err(OpenError::Expand { file, line, table });
+    }
+    check_rules(pool, rules).await?;
     publication::ensure(pool, &config.publication, rules).await?;
     Ok(())
+}
+
+/// Whether the rules fit the database, and the log holds what they need.
+///
+/// # Errors
+/// [`CatalogError`].
+pub async fn check_rules(pool: &PgPool, rules: &Rules) -> Result<(), CatalogError> {
+    let mut connection = pool.acquire().await?;
+    let facts = catalog::check(&mut connection, rules).await?;
+    catalog::check_identity(&mut connection, rules, &facts).await
 }
 
 /// Makes publication and slot ready, makes sure that nothing is missing since the log was last read, and begins.

@@ -57,9 +57,9 @@ async fn a_new_column_disturbs_nothing() {
 }
 
 /// Starts a relay that must refuse to, and returns what it said.
-async fn refusal(schema: &'static str, rules: &'static str, more: &[(&'static str, String)]) -> String {
+async fn refusal(schema: &'static str, rules: &'static str) -> String {
     let pair = Pair::start_with(PairOptions { schema, rules, ..Default::default() }).await.unwrap();
-    let relay: Daemon = pair.another_relay(&[more, &[("RELAY_SOURCE", "wal".to_owned())]].concat()).unwrap();
+    let relay: Daemon = pair.another_relay(&[("RELAY_SOURCE", "wal".to_owned())]).unwrap();
     eventually(Duration::from_secs(30), async || !relay.process().is_running()).await;
     relay.process().log()
 }
@@ -72,19 +72,51 @@ async fn a_template_that_needs_what_the_log_does_not_hold_is_refused_at_the_star
         keys = ["user:{id}", "mail:{email}"]
         on_truncate = "ignore"
     "#;
-    let log = refusal("create table users (id bigint primary key, email text)", rules, &[]).await;
-    assert!(log.contains("rules.toml:3") && log.contains("public.users"), "{log}");
-    assert!(log.contains("email") && log.contains("replica identity full"), "{log}");
+    let log = refusal("create table users (id bigint primary key, email text)", rules).await;
+    assert!(log.contains("rules.toml:4") && log.contains("public.users"), "{log}");
+    assert!(log.contains("email") && log.contains("REPLICA IDENTITY FULL"), "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_whose_writers_a_publication_would_break_is_refused_and_not_published() {
-    let log = refusal("create table users (id bigint, name text)", USER_RULES, &[]).await;
-    assert!(log.contains("no replica identity"), "{log}");
+    let log = refusal("create table users (id bigint, name text)", USER_RULES).await;
+    assert!(log.contains("not in the replica identity"), "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_that_does_not_exist_is_refused_with_the_line_of_the_rules() {
-    let log = refusal("select 1", USER_RULES, &[]).await;
-    assert!(log.contains("rules.toml:3") && log.contains("public.users does not exist"), "{log}");
+    let log = refusal("select 1", USER_RULES).await;
+    assert!(log.contains("rules.toml:3") && log.contains("no such table"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_identity_that_is_taken_away_costs_the_namespace() {
+    let schema =
+        "create table users (id bigint primary key, email text); alter table users replica identity full;
+        insert into users values (1, 'a@x')";
+    let rules = r#"
+        [[table]]
+        name = "users"
+        keys = ["mail:{email}"]
+        on_truncate = ["mail:"]
+    "#;
+    let pair = super::captured(schema, rules, &[]).await;
+    pair.fill("mail:a@x").await.unwrap();
+    // The log does not say any more what the address was before.
+    sql(&pair, "alter table users replica identity default; update users set email = 'b@x'").await;
+    pair.until_none("mail:*").await;
+    assert!(pair.relay.metric("relay_wal_unknown_changes_total").await.unwrap() >= 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sql_in_the_rules_is_refused_rather_than_left_out() {
+    let rules = r#"
+        [[table]]
+        name = "users"
+        on_truncate = "ignore"
+        [[table.expand]]
+        sql = "select 'order:' || id from users where id = any($1)"
+    "#;
+    let log = refusal("create table users (id bigint primary key)", rules).await;
+    assert!(log.contains("rules.toml:6") && log.contains("triggers"), "{log}");
 }

@@ -7,6 +7,7 @@ use wal::slot::{self, ServerFacts, SlotState};
 
 use super::{Finding, finding};
 use crate::admin::slot::describe;
+use crate::capture::check_rules;
 use crate::config::{Config, Source};
 
 /// Looks at everything that capture from the log needs.
@@ -122,11 +123,10 @@ async fn judge_rules(pool: &PgPool, config: &Config) -> anyhow::Result<Vec<Findi
             )]);
         }
     };
-    let mut findings: Vec<Finding> = publication::identity_problems(pool, &rules, &tables)
-        .await?
-        .into_iter()
-        .map(|problem| finding("identity", problem.to_string(), false, "see there"))
-        .collect();
+    let mut findings = Vec::new();
+    if let Err(error) = check_rules(pool, &rules).await {
+        findings.push(finding("rules", error.to_string(), false, "correct the rules, or alter the table"));
+    }
     let drift = publication::drift(pool, &config.capture.publication, &tables).await?;
     findings.push(finding(
         "publication",
