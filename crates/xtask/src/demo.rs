@@ -49,6 +49,7 @@ async fn play(programs: &programs::Programs, example: &Path, keep: bool) -> anyh
     scenes::crash::play(&mut timeline, &mut stage).await?;
     scenes::outage::play(&mut timeline, &stage).await?;
     scenes::plain_sql::play(&mut timeline, &stage).await?;
+    scenes::log::play(&mut timeline, &stage).await?;
     scenes::service::play(&mut timeline, &stage).await?;
     timeline.summary(started.elapsed());
     if keep {

@@ -2,6 +2,7 @@
 
 pub mod commit;
 pub mod crash;
+pub mod log;
 pub mod outage;
 pub mod plain_sql;
 pub mod rollback;
