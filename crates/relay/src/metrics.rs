@@ -1,6 +1,6 @@
 //! Names of the relay's metrics.
 
-use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram};
 
 macro_rules! metrics {
     ($($kind:ident $name:ident = $text:literal, $unit:ident, $help:literal;)*) => {
@@ -50,4 +50,24 @@ metrics! {
     describe_counter CAPTURE_GAPS = "relay_wal_gaps_total", Count, "Times changes were missing from the slot for good, by policy";
     describe_histogram CAPTURE_GATE_WAIT = "relay_wal_gate_wait_seconds", Seconds, "How long transactions that were not visible at first had to wait";
     describe_histogram CAPTURE_KEYS = "relay_wal_keys", Count, "Distinct keys of a transaction, or of a part of a large one";
+}
+
+/// Gives what counts failures its zero: the step from nothing to one is no increase for whoever watches.
+pub fn start_at_zero() {
+    for name in [
+        DATABASE_FAILURES,
+        DEAD_LETTERS,
+        STREAM_LOSSES,
+        REPUBLISHED,
+        CAPTURE_RECONNECTS,
+        CAPTURE_REFUSED_KEYS,
+    ] {
+        counter!(name).increment(0);
+    }
+    for reason in ["disconnected", "timeout", "no_stream", "wrong_stream", "refused"] {
+        counter!(PUBLISH_FAILURES, "reason" => reason).increment(0);
+    }
+    for result in ["rows", "empty", "failed"] {
+        counter!(CLAIMS, "result" => result).increment(0);
+    }
 }

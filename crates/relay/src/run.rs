@@ -48,6 +48,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
 
     let metrics = Metrics::install()?;
     crate::metrics::describe();
+    crate::metrics::start_at_zero();
     let health = Health::new();
     let limits = Limits { stall_after: Some(STALL_AFTER), dead_after: Some(DEAD_AFTER) };
     let http = HttpServer::start(config.http_addr, health.clone(), metrics).await?;

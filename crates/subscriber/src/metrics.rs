@@ -1,6 +1,6 @@
 //! Names of the subscriber's metrics.
 
-use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram};
 
 macro_rules! metrics {
     ($($kind:ident $name:ident = $text:literal, $unit:ident, $help:literal;)*) => {
@@ -37,4 +37,32 @@ metrics! {
     describe_gauge REDIS_UP = "subscriber_redis_up", Count, "1 while Redis answers";
     describe_histogram APPLY_TIME = "subscriber_apply_seconds", Seconds, "Time for Redis to apply a batch";
     describe_histogram ENQUEUE_TO_DELETE = "subscriber_enqueue_to_delete_seconds", Seconds, "From enqueue of the oldest event of a message until Redis applied it";
+}
+
+/// Gives every counter its zero: the step from nothing to one is no increase for whoever watches.
+pub fn start_at_zero() {
+    let plain = [
+        EVENTS_APPLIED,
+        KEYS_INVALIDATED,
+        KEYS_PRESENT,
+        REDELIVERIES,
+        DEAD_LETTERS,
+        REDIS_FAILURES,
+        REPLAYED,
+    ];
+    for name in plain {
+        counter!(name).increment(0);
+    }
+    for result in ["applied", "dead_letter"] {
+        counter!(MESSAGES, "result" => result).increment(0);
+    }
+    for policy in ["halt", "flush"] {
+        counter!(GAPS, "policy" => policy).increment(0);
+    }
+    for outcome in ["committed", "aborted"] {
+        counter!(MARKS_RESOLVED, "outcome" => outcome).increment(0);
+    }
+    for outcome in ["replaced", "ignored"] {
+        counter!(UPDATES, "outcome" => outcome).increment(0);
+    }
 }

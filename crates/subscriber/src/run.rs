@@ -37,6 +37,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
 
     let metrics = Metrics::install()?;
     crate::metrics::describe();
+    crate::metrics::start_at_zero();
     let health = Health::new();
     let limits = Limits { stall_after: Some(STALL_AFTER), dead_after: Some(DEAD_AFTER) };
     let watching = health.component("stream and redis", limits);

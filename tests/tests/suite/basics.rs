@@ -121,3 +121,48 @@ async fn operator_can_ask_the_subscriber_and_have_it_replay() {
     assert!(!pair.is_cached("user:1").await.unwrap());
     assert!(ask_subscriber(&pair, &["accept-gap"]).await.contains("accepted"));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wait_for_events_ends_with_the_first_commit_and_sees_no_other() {
+    let pair = Pair::start().await.unwrap();
+    pair.relay.process().kill().unwrap();
+    let wait = async |from_seq| {
+        let (min, max) = (Duration::from_millis(1), Duration::from_millis(5));
+        outbox::wait_for_events(&pair.pool, from_seq, min, max).await.unwrap()
+    };
+    assert!(!wait(0).await);
+    let mut tx = pair.pool.begin().await.unwrap();
+    let receipt = outbox::enqueue(&mut tx, &Event::delete(["user:1"]).unwrap()).await.unwrap();
+    assert!(!wait(0).await, "an uncommitted row is nobody's business");
+    // Committed while the server waits, or just before on a slow machine.
+    let (found, committed) = tokio::join!(wait(0), tx.commit());
+    committed.unwrap();
+    assert!(found || wait(0).await);
+    assert!(!wait(receipt.seq + 1).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn idle_relay_asks_postgres_a_few_times_a_second() {
+    let pair = Pair::start().await.unwrap();
+    pair.fill("user:1").await.unwrap();
+    pair.enqueue(&["user:1"]).await.unwrap();
+    pair.until_none("user:1").await;
+    pair.until_outbox_empty().await;
+    let statements = async || pair.relay.metric("relay_statements_total").await.unwrap();
+    let (started, before) = (Instant::now(), statements().await);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let per_second = (statements().await - before) / started.elapsed().as_secs_f64();
+    // Four waits and a sweep of three statements, not hundreds of looks.
+    assert!(per_second < 20.0, "{per_second}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn counters_of_failures_are_there_before_the_first_failure() {
+    let pair = Pair::start().await.unwrap();
+    for (daemon, counter) in
+        [(&pair.relay, "relay_dead_letters_total 0"), (&pair.subscriber, "subscriber_redis_failures_total 0")]
+    {
+        let (_, metrics) = daemon.get("/metrics").await.unwrap();
+        assert!(metrics.lines().any(|line| line == counter), "no {counter} in {metrics}");
+    }
+}
