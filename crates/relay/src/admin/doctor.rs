@@ -14,7 +14,7 @@ use crate::config::{Config, Source};
 use crate::stream;
 
 /// The oldest Postgres with everything the outbox uses (`xid8`, `pg_current_xact_id`).
-const OLDEST_POSTGRES: i32 = 130_000;
+const OLDEST_POSTGRES: i32 = 140_000;
 
 /// A transaction open for longer keeps dead rows of the outbox from being vacuumed.
 const OLD_TRANSACTION: Duration = Duration::from_mins(1);
@@ -81,7 +81,7 @@ fn judge_database(facts: &Facts, skew: Duration) -> Vec<Finding> {
             "postgres",
             format!("version {}", facts.server_version),
             facts.server_version_number >= OLDEST_POSTGRES,
-            "upgrade to Postgres 13 or later",
+            "upgrade to Postgres 14 or later",
         ),
         finding(
             "claim",
