@@ -25,6 +25,9 @@ const THREADS: usize = 2;
 /// How often records that were held back are written.
 const FLUSH_INTERVAL: Duration = Duration::from_millis(50);
 
+/// Connections to Postgres that a process has at most.
+const MAX_CONNECTIONS: u32 = 10;
+
 /// Longest wait for a connection to Postgres.
 const CONNECTED: Duration = Duration::from_secs(2);
 
@@ -93,7 +96,7 @@ async fn work(arguments: Arguments) -> anyhow::Result<()> {
     let log = Log::open(&arguments.records)?;
     // A process that replaces a killed one goes on rather than doing the same again.
     let mut random = StdRng::seed_from_u64(arguments.seed ^ log.records_before());
-    let connections = u32::try_from(arguments.tasks)?;
+    let connections = u32::try_from(arguments.tasks)?.min(MAX_CONNECTIONS);
     let options = PgPoolOptions::new().max_connections(connections).acquire_timeout(CONNECTED);
     let redis = RedisConfig {
         url: arguments.redis.clone(),

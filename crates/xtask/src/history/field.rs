@@ -25,8 +25,8 @@ const ACK_WAIT: &str = "2s";
 
 const SIGTERM: i32 = 15;
 
-/// Tasks of a process.
-const READER_TASKS: usize = 12;
+/// Tasks of a process. Many readers, as each waits most of the time and Redis carries out what they ask for together.
+const READER_TASKS: usize = 32;
 const WRITER_TASKS: usize = 3;
 
 /// Something that can be in one kind of trouble at a time.

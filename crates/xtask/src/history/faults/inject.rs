@@ -11,6 +11,7 @@ use rand::rngs::StdRng;
 use tokio::time::sleep;
 
 use super::{Fault, Journal};
+use crate::daemon::Daemon;
 use crate::history::clock::now_ns;
 use crate::history::field::{Field, Target};
 use crate::wait;
@@ -49,29 +50,19 @@ pub async fn inject(
     Ok(())
 }
 
-/// Makes one happen. `None` if it cannot happen now: its target is in other trouble, or takes no part.
+/// Makes one happen, and says to whom. `None` if it cannot happen now: its target is in other trouble, or takes no part.
 async fn happen(fault: Fault, field: &Field, random: &mut StdRng) -> anyhow::Result<Option<String>> {
-    let relay = field.relay.as_ref();
-    let subscriber = field.subscriber.as_ref();
+    let itself: fn(&Process) -> &Process = |process| process;
+    let (relay, subscriber) = (field.relay.as_ref(), field.subscriber.as_ref());
     match fault {
-        Fault::KillWriter => kill_one(one(&field.writers, random), random).await,
-        Fault::StopWriter => stop_one(one(&field.writers, random), random).await,
-        Fault::KillReader => kill_one(one(&field.readers, random), random).await,
-        Fault::StopReader => stop_one(one(&field.readers, random), random).await,
-        Fault::KillRelay | Fault::KillSubscriber => {
-            let daemon = if fault == Fault::KillRelay { relay } else { subscriber };
-            let Some(daemon) = daemon else { return Ok(None) };
-            let Ok(_busy) = daemon.busy.try_lock() else { return Ok(None) };
-            kill(daemon.it.process(), random).await?;
-            Ok(Some(daemon.name.clone()))
-        }
-        Fault::StopRelay | Fault::StopSubscriber => {
-            let daemon = if fault == Fault::StopRelay { relay } else { subscriber };
-            let Some(daemon) = daemon else { return Ok(None) };
-            let Ok(_busy) = daemon.busy.try_lock() else { return Ok(None) };
-            stop(daemon.it.process(), random).await?;
-            Ok(Some(daemon.name.clone()))
-        }
+        Fault::KillWriter => kill_one(one(&field.writers, random), itself, random).await,
+        Fault::StopWriter => stop_one(one(&field.writers, random), itself, random).await,
+        Fault::KillReader => kill_one(one(&field.readers, random), itself, random).await,
+        Fault::StopReader => stop_one(one(&field.readers, random), itself, random).await,
+        Fault::KillRelay => kill_one(relay, Daemon::process, random).await,
+        Fault::StopRelay => stop_one(relay, Daemon::process, random).await,
+        Fault::KillSubscriber => kill_one(subscriber, Daemon::process, random).await,
+        Fault::StopSubscriber => stop_one(subscriber, Daemon::process, random).await,
         Fault::Cut
         | Fault::LoseRequests
         | Fault::LoseReplies
@@ -116,17 +107,25 @@ fn one<'a, T>(targets: &'a [Target<T>], random: &mut StdRng) -> Option<&'a Targe
     if targets.is_empty() { None } else { targets.get(random.random_range(0..targets.len())) }
 }
 
-async fn kill_one(target: Option<&Target<Process>>, random: &mut StdRng) -> anyhow::Result<Option<String>> {
+async fn kill_one<T>(
+    target: Option<&Target<T>>,
+    process: fn(&T) -> &Process,
+    random: &mut StdRng,
+) -> anyhow::Result<Option<String>> {
     let Some(target) = target else { return Ok(None) };
     let Ok(_busy) = target.busy.try_lock() else { return Ok(None) };
-    kill(&target.it, random).await?;
+    kill(process(&target.it), random).await?;
     Ok(Some(target.name.clone()))
 }
 
-async fn stop_one(target: Option<&Target<Process>>, random: &mut StdRng) -> anyhow::Result<Option<String>> {
+async fn stop_one<T>(
+    target: Option<&Target<T>>,
+    process: fn(&T) -> &Process,
+    random: &mut StdRng,
+) -> anyhow::Result<Option<String>> {
     let Some(target) = target else { return Ok(None) };
     let Ok(_busy) = target.busy.try_lock() else { return Ok(None) };
-    stop(&target.it, random).await?;
+    stop(process(&target.it), random).await?;
     Ok(Some(target.name.clone()))
 }
 
