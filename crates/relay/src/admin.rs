@@ -65,7 +65,7 @@ pub async fn execute(command: Command, config: &Config) -> anyhow::Result<()> {
         println!("schema `outbox` is installed and current");
         return Ok(());
     }
-    database::check_schema(&pool, url).await?;
+    database::check_schema(&pool, url, config.startup_timeout.min(PATIENCE)).await?;
     match command {
         Command::Run | Command::Health | Command::Migrate => unreachable!("handled before"),
         Command::Status => status::print(&pool, config).await,

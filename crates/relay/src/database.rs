@@ -99,17 +99,40 @@ fn is_refusal(error: &sqlx::Error) -> bool {
     code.is_some_and(|code| code.starts_with("28") || code == "3D000")
 }
 
-/// Makes sure the schema is there and new enough.
+/// Makes sure the schema is there and new enough, trying again for up to `patience` while the connection is lost: a
+/// server that goes down accepts connections until it does.
 ///
 /// # Errors
 /// [`DatabaseError`].
-pub async fn check_schema(pool: &PgPool, url: &SecretUrl) -> Result<(), DatabaseError> {
-    let state = outbox::schema_state(pool)
-        .await
-        .map_err(|source| DatabaseError::Refused { url: url.clone(), source })?;
+pub async fn check_schema(pool: &PgPool, url: &SecretUrl, patience: Duration) -> Result<(), DatabaseError> {
+    let started = Instant::now();
+    let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
+    let state = loop {
+        let source = match outbox::schema_state(pool).await {
+            Ok(state) => break state,
+            Err(error) => error,
+        };
+        if !is_interruption(&source) {
+            return Err(DatabaseError::Refused { url: url.clone(), source });
+        }
+        let delay = backoff.next_delay();
+        if started.elapsed() + delay >= patience {
+            return Err(DatabaseError::Unreachable { url: url.clone(), waited: patience, source });
+        }
+        tokio::time::sleep(delay).await;
+    };
     match state {
         SchemaState::Current => Ok(()),
         SchemaState::Missing => Err(DatabaseError::NotInstalled),
         SchemaState::Older { installed, needed } => Err(DatabaseError::TooOld { installed, needed }),
+    }
+}
+
+/// Whether the server, or the way to it, went away: no answer at all, or one of the classes connection exception (08)
+/// and operator intervention (57P).
+fn is_interruption(error: &sqlx::Error) -> bool {
+    match error.as_database_error() {
+        Some(answer) => answer.code().is_some_and(|code| code.starts_with("08") || code.starts_with("57P")),
+        None => true,
     }
 }

@@ -38,7 +38,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     let connections =
         config.workers + EXTRA_CONNECTIONS + if wal.is_some() { CAPTURE_CONNECTIONS } else { 0 };
     let pool = database::connect(url, connections, config.startup_timeout).await?;
-    database::check_schema(&pool, url).await?;
+    database::check_schema(&pool, url, config.startup_timeout).await?;
     if let Some((rules, _)) = &wal {
         capture::preflight(&pool, &config.capture, rules).await?;
     }

@@ -6,7 +6,7 @@ use devstack::{PgBouncer, PoolMode, eventually};
 use outbox::{ClaimOptions, Event, Xid};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{Connection, PgConnection};
-use tests::{Pair, PairOptions};
+use tests::{Pair, PairOptions, SETTLED};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn postgres_killed_and_restarted_under_load_loses_no_commit() {
@@ -290,4 +290,18 @@ async fn producers_need_no_more_rights_than_they_use() {
             .is_err()
     );
     pair.until_none("produced*").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn relay_that_loses_its_connection_while_it_starts_waits_for_postgres() {
+    let pair = Pair::start().await.unwrap();
+    let url: service::SecretUrl = pair.stack.postgres_url().parse().unwrap();
+    let pool = relay::database::connect(&url, 1, SETTLED).await.unwrap();
+    pair.stack.postgres.kill().unwrap();
+    let (checked, started) = tokio::join!(relay::database::check_schema(&pool, &url, SETTLED), async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        pair.stack.postgres.start().await
+    });
+    started.unwrap();
+    checked.unwrap();
 }
