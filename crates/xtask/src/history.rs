@@ -39,6 +39,9 @@ pub use child::{Arguments as ProcessArguments, run as run_process};
 /// Faults at the same time.
 const INJECTORS: u64 = 2;
 
+/// How often daemons that ended by themselves are started again.
+const RESTART_INTERVAL: Duration = Duration::from_millis(200);
+
 /// Check that no read is ever stale
 ///
 /// Several reader and writer processes work on versioned rows, on real servers and with the real pair, while processes
@@ -122,7 +125,8 @@ async fn play(programs: &Programs, arguments: &Arguments) -> anyhow::Result<Repo
     let mut field = Field::prepare(programs, &setup).await?;
     let started_ns = now_ns();
     field.populate(&setup).await?;
-    let journal = run_with_faults(&field, &setup, &faults, Duration::from_secs(arguments.seconds)).await?;
+    let (journal, duration) = (Journal::default(), Duration::from_secs(arguments.seconds));
+    run_with_faults(&field, &setup, &faults, duration, &journal).await?;
     progress("coming to rest");
     let rest = settle::settle(&field, setup.mode, setup.rows).await?;
     progress("checking");
@@ -136,20 +140,29 @@ async fn run_with_faults(
     setup: &Setup,
     faults: &Faults,
     duration: Duration,
-) -> anyhow::Result<Journal> {
-    let journal = Journal::default();
+    journal: &Journal,
+) -> anyhow::Result<()> {
     let stop = AtomicBool::new(false);
     let injectors = (0..INJECTORS).map(|injector| {
         let random = StdRng::seed_from_u64(setup.seed.wrapping_add(injector));
-        faults::inject(field, &faults.0, &journal, random, &stop)
+        faults::inject(field, &faults.0, journal, random, &stop)
     });
     let time = async {
         tokio::time::sleep(duration).await;
         stop.store(true, Ordering::Relaxed);
     };
-    let (ended, ()) = tokio::join!(futures::future::try_join_all(injectors), time);
-    ended?;
-    Ok(journal)
+    let running = async {
+        tokio::join!(futures::future::try_join_all(injectors), time).0?;
+        // What is down now has nobody else to start it.
+        faults::restart_daemons(field)
+    };
+    let mut running = std::pin::pin!(running);
+    loop {
+        tokio::select! {
+            ended = &mut running => return ended,
+            () = tokio::time::sleep(RESTART_INTERVAL) => faults::restart_daemons(field)?,
+        }
+    }
 }
 
 /// Goes through all records twice: what is known when, then whether each read knew it.

@@ -1,6 +1,7 @@
 //! What can go wrong while readers read and writers write.
 
 mod inject;
+mod restart;
 
 use std::collections::BTreeMap;
 use std::str::FromStr;
@@ -10,6 +11,7 @@ use anyhow::bail;
 use clap::ValueEnum;
 
 pub use inject::inject;
+pub use restart::restart_daemons;
 
 use super::clock::now_ns;
 

@@ -3,7 +3,6 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::Context;
 use devstack::proxy::{FaultProxy, Mode};
 use devstack::{Postgres, Process};
 use rand::Rng;
@@ -114,7 +113,13 @@ async fn kill_one<T>(
 ) -> anyhow::Result<Option<String>> {
     let Some(target) = target else { return Ok(None) };
     let Ok(_busy) = target.busy.try_lock() else { return Ok(None) };
-    kill(process(&target.it), random).await?;
+    let process = process(&target.it);
+    if !process.is_running() {
+        return Ok(None);
+    }
+    process.kill()?;
+    absence(random).await;
+    process.start()?;
     Ok(Some(target.name.clone()))
 }
 
@@ -125,22 +130,14 @@ async fn stop_one<T>(
 ) -> anyhow::Result<Option<String>> {
     let Some(target) = target else { return Ok(None) };
     let Ok(_busy) = target.busy.try_lock() else { return Ok(None) };
-    stop(process(&target.it), random).await?;
-    Ok(Some(target.name.clone()))
-}
-
-async fn kill(process: &Process, random: &mut StdRng) -> anyhow::Result<()> {
-    // One that has ended by itself is no victim of ours.
-    process.pid().with_context(|| process.log())?;
-    process.kill()?;
-    absence(random).await;
-    process.start()
-}
-
-async fn stop(process: &Process, random: &mut StdRng) -> anyhow::Result<()> {
-    process.stop().with_context(|| process.log())?;
+    let process = process(&target.it);
+    if !process.is_running() {
+        return Ok(None);
+    }
+    process.stop()?;
     trouble(random).await;
-    process.resume()
+    process.resume()?;
+    Ok(Some(target.name.clone()))
 }
 
 async fn disturb(fault: Fault, line: &FaultProxy, random: &mut StdRng) {
