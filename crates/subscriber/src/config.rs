@@ -82,6 +82,18 @@ pub struct Config {
     #[arg(long, env = "SUBSCRIBER_GAP_GRACE", default_value = "30s", value_parser = parse_duration, global = true)]
     pub gap_grace: Duration,
 
+    /// Stream with change events of Debezium to apply as well, by the rules; none if not set
+    #[arg(long, env = "SUBSCRIBER_DEBEZIUM_STREAM", global = true)]
+    pub debezium_stream: Option<String>,
+
+    /// File with the rules for Debezium's change events: which cache keys depend on which table
+    #[arg(long, env = "SUBSCRIBER_RULES", value_name = "FILE", global = true)]
+    pub rules: Option<PathBuf>,
+
+    /// When to apply a change event of Debezium once more: it may have come before its commit was visible to readers
+    #[arg(long, env = "SUBSCRIBER_DEBEZIUM_REPEAT_AFTER", default_value = "1s", value_parser = parse_duration, global = true)]
+    pub debezium_repeat_after: Duration,
+
     /// How long to try to reach NATS at the start
     #[arg(long, env = "SUBSCRIBER_STARTUP_TIMEOUT", default_value = "30s", value_parser = parse_duration, global = true)]
     pub startup_timeout: Duration,

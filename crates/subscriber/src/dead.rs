@@ -1,7 +1,6 @@
 //! Messages that cannot be decoded: kept on a stream of their own with the reason, and never delivered again.
 
 use async_nats::jetstream::{self, AckKind, Message};
-use event::DecodeError;
 use event::nats::{DEAD_REASON_HEADER, DEAD_SEQUENCE_HEADER, dead_subject};
 
 /// Longest reason that goes into a header.
@@ -25,14 +24,19 @@ impl DeadLetters {
     ///
     /// # Errors
     /// Whatever NATS says; the message is delivered again then.
-    pub async fn set_aside(&self, message: &Message, reason: &DecodeError) -> Result<(), async_nats::Error> {
+    pub async fn set_aside(
+        &self,
+        message: &Message,
+        reason: &(dyn std::error::Error + Sync),
+    ) -> Result<(), async_nats::Error> {
         let reason = describe(reason);
-        let sequence = message.info().map(|info| info.stream_sequence).unwrap_or_default();
+        let (stream, sequence) =
+            message.info().map(|info| (info.stream.to_owned(), info.stream_sequence)).unwrap_or_default();
         tracing::error!(subject = %message.subject, sequence, reason, "message cannot be decoded; set aside as a dead letter");
         let mut headers = message.headers.clone().unwrap_or_default();
         // The id belongs to the original: a second delivery of the same poison must not be taken for a duplicate of it
         // in another stream, and identical garbage is worth one dead letter each.
-        headers.insert("Nats-Msg-Id", format!("dead-{sequence}"));
+        headers.insert("Nats-Msg-Id", format!("dead-{stream}-{sequence}"));
         headers.insert(DEAD_REASON_HEADER, reason);
         headers.insert(DEAD_SEQUENCE_HEADER, sequence.to_string());
         self.jetstream
@@ -44,9 +48,9 @@ impl DeadLetters {
 }
 
 /// The reason in one line, fit for a header.
-fn describe(reason: &DecodeError) -> String {
+fn describe(reason: &dyn std::error::Error) -> String {
     let mut text = reason.to_string();
-    if let Some(cause) = std::error::Error::source(reason) {
+    if let Some(cause) = reason.source() {
         text.push_str(": ");
         text.push_str(&cause.to_string());
     }

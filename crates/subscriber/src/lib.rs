@@ -4,6 +4,7 @@ pub mod admin;
 pub mod broker;
 mod config;
 mod dead;
+pub mod debezium;
 pub mod metrics;
 pub mod position;
 pub mod replay;

@@ -25,6 +25,7 @@ metrics! {
     describe_counter UPDATES = "subscriber_updates_total", Count, "Versioned updates, by outcome: replaced or ignored";
     describe_counter REDELIVERIES = "subscriber_redeliveries_total", Count, "Messages that had been delivered before";
     describe_counter DEAD_LETTERS = "subscriber_dead_letters_total", Count, "Messages set aside because they cannot be decoded";
+    describe_counter DEBEZIUM_MESSAGES = "subscriber_debezium_messages_total", Count, "Change events of Debezium that were applied, and repeated, and acknowledged";
     describe_counter REDIS_FAILURES = "subscriber_redis_failures_total", Count, "Failed attempts to apply a batch";
     describe_counter REPLAYS = "subscriber_replays_total", Count, "Replays of the stream, by reason";
     describe_counter REPLAYED = "subscriber_replayed_messages_total", Count, "Messages applied again by replays";

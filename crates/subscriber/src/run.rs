@@ -11,7 +11,7 @@ use tokio_util::task::TaskTracker;
 use crate::dead::DeadLetters;
 use crate::supervisor::Supervisor;
 use crate::worker::{self, Shared};
-use crate::{Config, broker, resolver};
+use crate::{Config, broker, debezium, resolver};
 
 /// Without a turn of its loop for this long a component is not ready. Waiting for messages is not silence.
 const STALL_AFTER: Duration = Duration::from_secs(30);
@@ -34,6 +34,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     let jetstream = broker::jetstream(&nats);
     wait_for_stream(&jetstream, &config, &shutdown).await?;
     broker::ensure_dead_stream(&jetstream).await?;
+    let debezium = debezium::prepare(&config, &jetstream, &redis).await?;
 
     let metrics = Metrics::install()?;
     crate::metrics::describe();
@@ -54,6 +55,9 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     let tasks = TaskTracker::new();
     for _ in 0..config.workers {
         tasks.spawn(worker::run(Arc::clone(&shared), health.component("apply", limits), shutdown.clone()));
+    }
+    if let Some(debezium) = debezium {
+        tasks.spawn(debezium.run(health.component("debezium", limits), shutdown.clone()));
     }
     tasks.spawn(resolver::run(redis.clone(), nats.clone(), shutdown.clone()));
     let supervisor = Supervisor { nats, jetstream, redis, consumer: consumer_sender, config: config.clone() };

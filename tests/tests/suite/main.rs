@@ -5,6 +5,7 @@ mod bad_input;
 mod bad_surroundings;
 mod basics;
 mod crashes;
+mod debezium;
 mod history;
 mod nats_faults;
 mod postgres_faults;

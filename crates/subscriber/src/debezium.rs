@@ -1,0 +1,221 @@
+//! Change events of Debezium, by the same rules: for those who run Debezium Server with its NATS JetStream sink already.
+//!
+//! Debezium acts on the write-ahead log and so may be ahead of what new snapshots see: a reader may fill the old value again
+//! after the delete. The relay waits for visibility; here every change is applied once more after a while instead, which
+//! is a mitigation and no promise. Messages are acknowledged after the repetition.
+
+mod envelope;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull};
+use async_nats::jetstream::{self, AckKind, Message};
+use cache::{Redis, Work};
+use futures::{FutureExt, StreamExt};
+use metrics::counter;
+use rules::Rules;
+use service::{Backoff, Component, Shutdown, UsageError};
+use tokio::sync::Semaphore;
+use tokio_util::task::TaskTracker;
+
+pub use envelope::{DebeziumError, decode};
+
+use crate::Config;
+use crate::dead::DeadLetters;
+use crate::metrics as names;
+
+/// Most messages applied together.
+const BATCH_MESSAGES: usize = 256;
+
+/// Most batches that wait for their repetition.
+const MAX_WAITING_BATCHES: usize = 64;
+
+/// Time on top of the pause before the repetition until a message counts as lost.
+const ACK_MARGIN: Duration = Duration::from_secs(30);
+
+/// Pauses after a failure of Redis or NATS.
+const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
+
+/// What applies the change events.
+#[derive(Debug)]
+pub struct Debezium {
+    rules: Rules,
+    consumer: PullConsumer,
+    redis: Redis,
+    dead: DeadLetters,
+    repeat_after: Duration,
+    ack_wait: Duration,
+}
+
+/// Reads the rules and prepares the consumer; `None` if no stream of Debezium is configured.
+///
+/// # Errors
+/// What is wrong with options, rules or stream.
+pub async fn prepare(
+    config: &Config,
+    jetstream: &jetstream::Context,
+    redis: &Redis,
+) -> anyhow::Result<Option<Debezium>> {
+    let Some(stream_name) = &config.debezium_stream else { return Ok(None) };
+    let file = config.rules.as_ref().ok_or_else(|| {
+        UsageError(
+            "SUBSCRIBER_RULES (--rules) is not set; SUBSCRIBER_DEBEZIUM_STREAM needs the rules file"
+                .to_owned(),
+        )
+    })?;
+    let rules = Rules::load(file)?;
+    for table in rules.tables() {
+        if let Some(expand) = table.expand.first() {
+            bail!(
+                "{}:{}: table {}: expand asks the database, which the subscriber does not know; remove it, or capture \
+                 with the relay",
+                rules.file(),
+                expand.line,
+                table.qualified_name()
+            );
+        }
+    }
+    let stream = jetstream.get_stream(stream_name).await.with_context(|| {
+        format!("SUBSCRIBER_DEBEZIUM_STREAM (--debezium-stream) {stream_name} cannot be used")
+    })?;
+    let durable = format!("{}-debezium", config.durable);
+    let ack_wait = config.debezium_repeat_after + ACK_MARGIN;
+    let wanted = pull::Config {
+        durable_name: Some(durable.clone()),
+        description: Some("Invalidates the keys of one cache by Debezium's change events".to_owned()),
+        deliver_policy: DeliverPolicy::All,
+        ack_policy: AckPolicy::Explicit,
+        ack_wait,
+        max_deliver: -1,
+        ..Default::default()
+    };
+    let consumer = stream
+        .get_or_create_consumer(&durable, wanted)
+        .await
+        .map_err(|error| anyhow::anyhow!(error))
+        .with_context(|| format!("cannot create durable consumer {durable}"))?;
+    Ok(Some(Debezium {
+        rules,
+        consumer,
+        redis: redis.clone(),
+        dead: DeadLetters::new(jetstream.clone()),
+        repeat_after: config.debezium_repeat_after,
+        ack_wait,
+    }))
+}
+
+impl Debezium {
+    /// Applies change events until shutdown is requested. What is not acknowledged by then is delivered again.
+    pub async fn run(self, health: Component, shutdown: Shutdown) {
+        let this = Arc::new(self);
+        let waiting = Arc::new(Semaphore::new(MAX_WAITING_BATCHES));
+        let tasks = TaskTracker::new();
+        let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
+        while !shutdown.is_requested() {
+            match this.consumer.stream().max_messages_per_batch(BATCH_MESSAGES).messages().await {
+                Ok(messages) => {
+                    health.ready();
+                    retry.reset();
+                    this.pump(messages, &waiting, &tasks, &health, &shutdown).await;
+                }
+                Err(error) => health.not_ready(format!("cannot fetch Debezium's change events: {error}")),
+            }
+            tokio::select! {
+                () = shutdown.requested() => {}
+                () = tokio::time::sleep(retry.next_delay()) => {}
+            }
+        }
+    }
+
+    async fn pump(
+        self: &Arc<Self>,
+        mut messages: pull::Stream,
+        waiting: &Arc<Semaphore>,
+        tasks: &TaskTracker,
+        health: &Component,
+        shutdown: &Shutdown,
+    ) {
+        loop {
+            health.idle();
+            let first = tokio::select! {
+                () = shutdown.requested() => return,
+                next = messages.next() => next,
+            };
+            health.beat();
+            let Some(Ok(first)) = first else { return };
+            let mut batch = Vec::new();
+            let mut work = Work::new();
+            self.take(first, &mut batch, &mut work).await;
+            while batch.len() < BATCH_MESSAGES
+                && let Some(Some(Ok(message))) = messages.next().now_or_never()
+            {
+                self.take(message, &mut batch, &mut work).await;
+            }
+            let Ok(permit) = Arc::clone(waiting).acquire_owned().await else { return };
+            let (this, shutdown) = (Arc::clone(self), shutdown.clone());
+            tasks.spawn(async move {
+                this.settle(&batch, &work, &shutdown).await;
+                drop(permit);
+            });
+        }
+    }
+
+    async fn take(&self, message: Message, batch: &mut Vec<Message>, work: &mut Work) {
+        match decode(&message.payload, &self.rules) {
+            Ok(events) => {
+                events.iter().for_each(|event| work.add(event));
+                batch.push(message);
+            }
+            Err(error) => match self.dead.set_aside(&message, &error).await {
+                Ok(()) => counter!(names::DEAD_LETTERS).increment(1),
+                Err(failure) => {
+                    tracing::warn!(error = %failure, "cannot set aside a change event that cannot be decoded");
+                }
+            },
+        }
+    }
+
+    /// Applies a batch twice with the pause between, then acknowledges it.
+    async fn settle(&self, batch: &[Message], work: &Work, shutdown: &Shutdown) {
+        if !work.is_empty() {
+            self.apply(batch, work, shutdown).await;
+            tokio::select! {
+                () = shutdown.requested() => return,
+                () = tokio::time::sleep(self.repeat_after) => {}
+            }
+            self.apply(batch, work, shutdown).await;
+        }
+        if shutdown.is_requested() {
+            return;
+        }
+        for message in batch {
+            if let Err(error) = message.ack().await {
+                tracing::debug!(%error, "could not acknowledge a change event; it will be applied once more");
+            }
+        }
+        counter!(names::DEBEZIUM_MESSAGES).increment(batch.len() as u64);
+    }
+
+    async fn apply(&self, batch: &[Message], work: &Work, shutdown: &Shutdown) {
+        let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
+        while !shutdown.is_requested() {
+            match tokio::time::timeout(self.ack_wait / 3, self.redis.apply(work)).await {
+                Ok(Ok(_)) => return,
+                Ok(Err(error)) => {
+                    counter!(names::REDIS_FAILURES).increment(1);
+                    if retry.attempts() == 0 {
+                        tracing::warn!(%error, "Redis does not apply change events; keeping them until it does");
+                    }
+                }
+                Err(_) => tracing::warn!("Redis takes long to apply change events"),
+            }
+            for message in batch {
+                let _ = message.ack_with(AckKind::Progress).await;
+            }
+            tokio::time::sleep(retry.next_delay()).await;
+        }
+    }
+}

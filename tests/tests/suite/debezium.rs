@@ -1,0 +1,127 @@
+//! Change events of Debezium, as its server publishes them to JetStream, applied by the rules.
+
+use std::time::Duration;
+
+use async_nats::jetstream::{self, stream::Config};
+use devstack::eventually;
+use tests::Pair;
+
+const RULES: &str =
+    "[[table]]\nname = 'users'\nkeys = ['user:{id}', 'user:{email}']\non_truncate = ['user:']\n";
+
+fn change(op: &str, before: &str, after: &str) -> String {
+    format!(
+        r#"{{"before":{before},"after":{after},"source":{{"connector":"postgresql","ts_ms":1767225600000,"schema":"public",
+        "table":"users","txId":7,"lsn":24023128}},"op":"{op}","ts_ms":1767225600120}}"#
+    )
+}
+
+struct Bed {
+    pair: Pair,
+    jetstream: jetstream::Context,
+    rules: String,
+}
+
+impl Bed {
+    async fn new() -> Self {
+        let pair = Pair::start().await.unwrap();
+        let client = async_nats::connect(pair.stack.nats_url()).await.unwrap();
+        let jetstream = jetstream::new(client);
+        let stream =
+            Config { name: "DBZ".to_owned(), subjects: vec!["dbz.>".to_owned()], ..Default::default() };
+        jetstream.create_stream(stream).await.unwrap();
+        let rules = pair.stack.directory().path().join("rules.toml");
+        std::fs::write(&rules, RULES).unwrap();
+        Self { pair, jetstream, rules: rules.display().to_string() }
+    }
+
+    fn environment(&self, repeat_after: &str) -> Vec<(&'static str, String)> {
+        vec![
+            ("SUBSCRIBER_DEBEZIUM_STREAM", "DBZ".to_owned()),
+            ("SUBSCRIBER_RULES", self.rules.clone()),
+            ("SUBSCRIBER_DEBEZIUM_REPEAT_AFTER", repeat_after.to_owned()),
+        ]
+    }
+
+    async fn publish(&self, body: &str) {
+        self.jetstream.publish("dbz.public.users", body.to_owned().into()).await.unwrap().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn change_events_remove_the_keys_of_old_and_new_row_and_truncate_the_namespace() {
+    let bed = Bed::new().await;
+    let subscriber = bed.pair.another_subscriber(&bed.environment("50ms")).unwrap();
+    subscriber.until_ready().await;
+    for key in ["user:1", "user:a@x", "user:b@x", "user:2", "other"] {
+        bed.pair.fill(key).await.unwrap();
+    }
+    bed.publish("").await;
+    bed.publish(&change("u", r#"{"id":1,"email":"a@x"}"#, r#"{"id":1,"email":"b@x"}"#)).await;
+    for key in ["user:1", "user:a@x", "user:b@x"] {
+        bed.pair.until_none(key).await;
+    }
+    assert!(bed.pair.is_cached("user:2").await.unwrap());
+    bed.publish(&format!(r#"{{"schema":{{}},"payload":{}}}"#, change("t", "null", "null"))).await;
+    bed.pair.until_none("user:*").await;
+    assert!(bed.pair.is_cached("other").await.unwrap());
+    // Acknowledged, so that nothing comes again.
+    eventually(Duration::from_secs(30), async || {
+        subscriber.metric("subscriber_debezium_messages_total").await.is_ok_and(|count| count > 2.5)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_value_that_was_filled_before_the_commit_was_visible_is_removed_by_the_repetition() {
+    let bed = Bed::new().await;
+    let subscriber = bed.pair.another_subscriber(&bed.environment("2s")).unwrap();
+    subscriber.until_ready().await;
+    bed.pair.fill("user:1").await.unwrap();
+    bed.publish(&change("c", "null", r#"{"id":1,"email":"a@x"}"#)).await;
+    bed.pair.until_none("user:1").await;
+    bed.pair.fill("user:1").await.unwrap();
+    bed.pair.until_none("user:1").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_decoded_is_set_aside_with_its_reason() {
+    let bed = Bed::new().await;
+    let subscriber = bed.pair.another_subscriber(&bed.environment("50ms")).unwrap();
+    subscriber.until_ready().await;
+    bed.pair.fill("user:1").await.unwrap();
+    bed.publish("avro").await;
+    bed.publish(&change("c", "null", r#"{"id":1.5,"email":"a@x"}"#)).await;
+    bed.publish(&change("c", "null", r#"{"id":1,"email":"a@x"}"#)).await;
+    bed.pair.until_none("user:1").await;
+    let dead = bed.jetstream.get_stream("INVALIDATIONS_DEAD").await.unwrap();
+    eventually(Duration::from_secs(30), async || {
+        dead.get_info().await.is_ok_and(|info| info.state.messages == 2)
+    })
+    .await;
+    let mut reasons = Vec::new();
+    for sequence in 1..=2 {
+        let letter = dead.get_raw_message(sequence).await.unwrap();
+        assert_eq!(letter.subject.as_str(), "invalidation-dead.dbz.public.users");
+        reasons.push(letter.headers.get("Invalidation-Dead-Reason").unwrap().to_string());
+    }
+    assert!(reasons.iter().any(|reason| reason.contains("not a change event")), "{reasons:?}");
+    assert!(
+        reasons.iter().any(|reason| reason.contains("column id") && reason.contains("decimal.handling.mode")),
+        "{reasons:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rules_that_need_a_database_are_refused_at_the_start() {
+    let bed = Bed::new().await;
+    let text = format!("{RULES}[[table.expand]]\nsql = \"select 'k' where 1 = any($1)\"\n");
+    std::fs::write(&bed.rules, text).unwrap();
+    let subscriber = bed.pair.another_subscriber(&bed.environment("1s")).unwrap();
+    eventually(Duration::from_secs(30), async || {
+        let log = subscriber.process().log();
+        let refused = log.contains("rules.toml:6: table public.users: expand asks the database");
+        if refused { Ok(()) } else { Err(log) }
+    })
+    .await;
+}
