@@ -13,7 +13,7 @@ use crate::programs::Programs;
 use crate::wait;
 
 /// How long a migration may take on a busy machine.
-const MIGRATED: Duration = Duration::from_secs(60);
+const ADMINISTERED: Duration = Duration::from_secs(60);
 
 /// A variable of the environment and its value.
 pub type Variable = (&'static str, String);
@@ -38,11 +38,16 @@ impl Ground {
 
     /// Runs `relay migrate` and returns what it says in the end.
     pub async fn migrate(&self) -> anyhow::Result<String> {
+        self.administer(&["migrate"]).await
+    }
+
+    /// Runs a command of the relay that ends by itself, and returns what it says in the end.
+    pub async fn administer(&self, arguments: &[&str]) -> anyhow::Result<String> {
         let mut command = std::process::Command::new(&self.programs.relay);
-        command.arg("migrate").env("DATABASE_URL", self.stack.postgres_url());
-        let process = self.stack.spawn("relay-migrate", command)?;
-        let status = process.wait_exit(MIGRATED).await?;
-        ensure!(status.success(), "relay migrate failed ({status}): {}", process.log());
+        command.args(arguments).env("DATABASE_URL", self.stack.postgres_url());
+        let process = self.stack.spawn("relay-admin", command)?;
+        let status = process.wait_exit(ADMINISTERED).await?;
+        ensure!(status.success(), "relay {} failed ({status}): {}", arguments.join(" "), process.log());
         Ok(process.log().trim().lines().last().unwrap_or_default().to_owned())
     }
 
