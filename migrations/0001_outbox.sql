@@ -19,7 +19,7 @@ create function outbox.check_event(
     keys text[], topic text, value bytea, version bigint, ttl_ms bigint, traceparent text
 ) returns void
 language plpgsql immutable parallel safe
-set search_path = pg_catalog
+set search_path = pg_catalog, pg_temp
 as $$
 declare
     key text;
@@ -84,7 +84,7 @@ create function outbox.is_plain(
 language sql stable parallel safe
 return coalesce(
     num_nulls(value, version, ttl_ms) = 3
-    and topic = 'default'
+    and (topic = 'default' or topic ~ '^[A-Za-z0-9_-]{1,64}$')
     and (traceparent is null or traceparent ~ '^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$')
     and cardinality(keys) between 1 and 100
     and array_position(keys, null) is null
@@ -310,7 +310,7 @@ create function outbox.wait_for_events(
     patience double precision
 ) returns boolean
 language plpgsql volatile
-set search_path = pg_catalog
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off

@@ -22,7 +22,8 @@ enum Manager {
 /// a stack never uses.
 ///
 /// # Errors
-/// When the environment names a place where the program is not, there is no known package manager, no right to use it, or it fails; the message has the command to run.
+/// When the environment names a place where the program is not, or there is no known package manager, no right to use it,
+/// or it fails; the message says what to correct or to run.
 pub fn install_missing() -> Result<()> {
     let missing = missing(Binary::ALL);
     if missing.is_empty() {

@@ -81,7 +81,7 @@ struct WireEnvelope {
 /// The fields of an event say what it does: `keys` alone, `keys` with `update`, or `namespaces` alone. One that does
 /// something this reader does not know has neither `keys` nor `namespaces`, and is poison rather than a wrong delete.
 #[derive(Deserialize)]
-struct WireEvent {
+pub(crate) struct WireEvent {
     id: EventId,
     keys: Option<Vec<CacheKey>>,
     namespaces: Option<Vec<CacheKey>>,
@@ -194,7 +194,7 @@ fn explain(body: &[u8], error: serde_json::Error) -> DecodeError {
 }
 
 impl WireEvent {
-    fn checked(self) -> Result<CommittedEvent, DecodeError> {
+    pub(crate) fn checked(self) -> Result<CommittedEvent, DecodeError> {
         let Self { id, keys, namespaces, update, xids, at_us, traceparent } = self;
         let refused = |reason| DecodeError::InvalidEvent { id, reason };
         let (keys, change) = match (keys, namespaces, update) {

@@ -4,6 +4,7 @@ mod change;
 mod envelope;
 mod event;
 mod key;
+pub mod log_event;
 pub mod nats;
 mod topic;
 mod traceparent;

@@ -110,7 +110,7 @@ pub async fn settle(
 
 /// Never goes back: a reader that was thought dead must not undo what its successor recorded.
 async fn record(tx: &mut Transaction<'_, Postgres>, slot: &str, confirmed: u64) -> Result<(), sqlx::Error> {
-    sqlx::query(
+    let recorded = sqlx::query(
         "update outbox.capture set confirmed = greatest(confirmed, '0/0'::pg_lsn + $2::bigint),
              recorded_at = clock_timestamp()
          where slot = $1",
@@ -118,6 +118,7 @@ async fn record(tx: &mut Transaction<'_, Postgres>, slot: &str, confirmed: u64) 
     .bind(slot)
     .bind(confirmed.cast_signed())
     .execute(&mut **tx)
-    .await
-    .map(drop)
+    .await?;
+    // Somebody has made the relay forget the slot: it has to begin anew rather than go on unrecorded.
+    if recorded.rows_affected() == 0 { Err(sqlx::Error::RowNotFound) } else { Ok(()) }
 }

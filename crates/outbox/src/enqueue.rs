@@ -1,11 +1,9 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use event::{Change, Event, EventId};
+use event::{Change, Event, EventId, log_event};
 use sqlx::postgres::PgRow;
 use sqlx::{Postgres, Row, Transaction};
 use uuid::Uuid;
-
-use crate::log_event;
 
 /// A Postgres transaction id that never wraps around (`xid8`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

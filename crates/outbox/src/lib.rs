@@ -8,7 +8,6 @@ mod commit;
 pub mod dead_letters;
 pub mod diagnosis;
 mod enqueue;
-pub mod log_event;
 mod migrate;
 pub mod outcome;
 pub mod retention;

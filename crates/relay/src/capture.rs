@@ -96,18 +96,16 @@ pub async fn run(capture: Arc<Capture>, health: Component, shutdown: Shutdown) {
                     .not_ready(format!("{gap}; the write-ahead log is not read (RELAY_GAP_POLICY is halt)"));
                 HALT_INTERVAL
             }
-            Err(CaptureError::Read(ReadError::TooManyKeys)) => {
-                tracing::warn!(
-                    "a huge transaction is open; reading transactions after their commit from here on"
-                );
+            Err(CaptureError::Read(ReadError::NotBeforeCommit(reason))) => {
+                tracing::warn!("{reason}; reading transactions after their commit from here on");
                 streaming = false;
                 continue;
             }
             Err(error) => {
                 counter!(names::CAPTURE_RECONNECTS).increment(1);
-                let causes = causes(&error);
-                tracing::warn!(%error, causes, "the write-ahead log is not read; trying again");
-                health.not_ready(format!("{error}{causes}"));
+                let error = service::one_line(&error);
+                tracing::warn!(error, "the write-ahead log is not read; trying again");
+                health.not_ready(error);
                 retry.next_delay()
             }
         };
@@ -149,14 +147,4 @@ async fn read_on(
     }
     stream.finish().await;
     Ok(())
-}
-
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = String::new();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    text
 }

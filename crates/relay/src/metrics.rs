@@ -1,5 +1,6 @@
 //! Names of the relay's metrics.
 
+use crate::publisher::PublishError;
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram};
 
 macro_rules! metrics {
@@ -64,7 +65,7 @@ pub fn start_at_zero() {
     ] {
         counter!(name).increment(0);
     }
-    for reason in ["disconnected", "timeout", "no_stream", "wrong_stream", "refused"] {
+    for reason in PublishError::REASONS {
         counter!(PUBLISH_FAILURES, "reason" => reason).increment(0);
     }
     for result in ["rows", "empty", "failed"] {

@@ -38,15 +38,20 @@ pub enum PublishError {
 }
 
 impl PublishError {
+    /// Every word that [`PublishError::reason`] can be.
+    pub const REASONS: [&'static str; 5] =
+        ["disconnected", "timeout", "no_stream", "wrong_stream", "refused"];
+
     /// A short word for the metric's label.
     #[must_use]
     pub fn reason(&self) -> &'static str {
+        let [disconnected, timeout, no_stream, wrong_stream, refused] = Self::REASONS;
         match self {
-            Self::Disconnected => "disconnected",
-            Self::TimedOut(_) => "timeout",
-            Self::NoStream => "no_stream",
-            Self::WrongStream(_) => "wrong_stream",
-            Self::Refused(_) => "refused",
+            Self::Disconnected => disconnected,
+            Self::TimedOut(_) => timeout,
+            Self::NoStream => no_stream,
+            Self::WrongStream(_) => wrong_stream,
+            Self::Refused(_) => refused,
         }
     }
 }

@@ -96,6 +96,12 @@ impl Template {
         &self.text
     }
 
+    /// Whether every key made of it begins with the same text.
+    #[must_use]
+    pub fn begins_literally(&self) -> bool {
+        matches!(self.parts.first(), Some(Part::Literal(_)))
+    }
+
     /// Its parts in order.
     #[must_use]
     pub fn parts(&self) -> &[Part] {

@@ -108,7 +108,8 @@ fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn
 }
 
 /// `message: cause: cause of the cause`, leaving out a cause that the message before it repeats.
-fn one_line(error: &(dyn Error + 'static)) -> String {
+#[must_use]
+pub fn one_line(error: &(dyn Error + 'static)) -> String {
     let mut line = String::new();
     for cause in causes(error) {
         let text = cause.to_string().split_whitespace().collect::<Vec<_>>().join(" ");

@@ -16,7 +16,7 @@ pub mod shutdown;
 pub mod trace;
 
 pub use backoff::Backoff;
-pub use boot::{Boot, ServiceOptions, UsageError};
+pub use boot::{Boot, ServiceOptions, UsageError, one_line};
 pub use cli::{parse, parse_from};
 pub use duration::parse_duration;
 pub use health::{Component, Health, Limits};

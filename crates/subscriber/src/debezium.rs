@@ -7,11 +7,12 @@
 mod envelope;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull};
-use async_nats::jetstream::{self, AckKind, Message};
+use async_nats::jetstream::consumer::pull::{self, MessagesErrorKind};
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer};
+use async_nats::jetstream::{self, Message};
 use cache::{Redis, Work};
 use futures::{FutureExt, StreamExt};
 use metrics::counter;
@@ -22,15 +23,21 @@ use tokio_util::task::TaskTracker;
 
 pub use envelope::{DebeziumError, decode};
 
-use crate::Config;
 use crate::dead::DeadLetters;
 use crate::metrics as names;
+use crate::{Config, worker};
 
 /// Most messages applied together.
 const BATCH_MESSAGES: usize = 256;
 
 /// Most batches that wait for their repetition.
 const MAX_WAITING_BATCHES: usize = 64;
+
+/// Messages in hand: as many as wait, and a batch that is being fetched.
+const MAX_ACK_PENDING: i64 = ((MAX_WAITING_BATCHES + 1) * BATCH_MESSAGES) as i64;
+
+/// Signs of life that NATS is asked for while nothing comes.
+const HEARTBEAT: Duration = Duration::from_secs(5);
 
 /// Time on top of the pause before the repetition until a message counts as lost.
 const ACK_MARGIN: Duration = Duration::from_secs(30);
@@ -90,10 +97,12 @@ pub async fn prepare(
         ack_policy: AckPolicy::Explicit,
         ack_wait,
         max_deliver: -1,
+        max_ack_pending: MAX_ACK_PENDING,
         ..Default::default()
     };
+    // Brings a consumer that is there already up to date: its time to acknowledge follows the pause.
     let consumer = stream
-        .get_or_create_consumer(&durable, wanted)
+        .create_consumer(wanted)
         .await
         .map_err(|error| anyhow::anyhow!(error))
         .with_context(|| format!("cannot create durable consumer {durable}"))?;
@@ -115,19 +124,35 @@ impl Debezium {
         let tasks = TaskTracker::new();
         let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
         while !shutdown.is_requested() {
-            match this.consumer.stream().max_messages_per_batch(BATCH_MESSAGES).messages().await {
-                Ok(messages) => {
-                    health.ready();
-                    retry.reset();
-                    this.pump(messages, &waiting, &tasks, &health, &shutdown).await;
-                }
-                Err(error) => health.not_ready(format!("cannot fetch Debezium's change events: {error}")),
+            if let Err(error) = this.fetch(&waiting, &tasks, &mut retry, &health, &shutdown).await {
+                tracing::warn!(error, "cannot fetch Debezium's change events; trying again");
+                health.not_ready(format!("cannot fetch Debezium's change events: {error}"));
             }
             tokio::select! {
                 () = shutdown.requested() => {}
                 () = tokio::time::sleep(retry.next_delay()) => {}
             }
         }
+        tasks.close();
+        tasks.wait().await;
+    }
+
+    /// Fetches until shutdown is requested or it fails.
+    async fn fetch(
+        self: &Arc<Self>,
+        waiting: &Arc<Semaphore>,
+        tasks: &TaskTracker,
+        retry: &mut Backoff,
+        health: &Component,
+        shutdown: &Shutdown,
+    ) -> Result<(), String> {
+        // A consumer that is gone does not show before the first message is missed.
+        self.consumer.get_info().await.map_err(|error| error.to_string())?;
+        let asking = self.consumer.stream().max_messages_per_batch(BATCH_MESSAGES).heartbeat(HEARTBEAT);
+        let messages = asking.messages().await.map_err(|error| error.to_string())?;
+        health.ready();
+        retry.reset();
+        self.pump(messages, waiting, tasks, health, shutdown).await.map_err(|error| error.to_string())
     }
 
     async fn pump(
@@ -137,15 +162,20 @@ impl Debezium {
         tasks: &TaskTracker,
         health: &Component,
         shutdown: &Shutdown,
-    ) {
+    ) -> Result<(), pull::MessagesError> {
         loop {
             health.idle();
             let first = tokio::select! {
-                () = shutdown.requested() => return,
+                () = shutdown.requested() => return Ok(()),
                 next = messages.next() => next,
             };
             health.beat();
-            let Some(Ok(first)) = first else { return };
+            let first = match first {
+                Some(Ok(first)) => first,
+                Some(Err(error)) if matches!(error.kind(), MessagesErrorKind::MissingHeartbeat) => continue,
+                Some(Err(error)) => return Err(error),
+                None => return Ok(()),
+            };
             let mut batch = Vec::new();
             let mut work = Work::new();
             self.take(first, &mut batch, &mut work).await;
@@ -154,10 +184,10 @@ impl Debezium {
             {
                 self.take(message, &mut batch, &mut work).await;
             }
-            let Ok(permit) = Arc::clone(waiting).acquire_owned().await else { return };
-            let (this, shutdown) = (Arc::clone(self), shutdown.clone());
+            let Ok(permit) = Arc::clone(waiting).acquire_owned().await else { return Ok(()) };
+            let (this, health, shutdown) = (Arc::clone(self), health.clone(), shutdown.clone());
             tasks.spawn(async move {
-                this.settle(&batch, &work, &shutdown).await;
+                this.settle(&batch, &work, &health, &shutdown).await;
                 drop(permit);
             });
         }
@@ -179,14 +209,14 @@ impl Debezium {
     }
 
     /// Applies a batch twice with the pause between, then acknowledges it.
-    async fn settle(&self, batch: &[Message], work: &Work, shutdown: &Shutdown) {
+    async fn settle(&self, batch: &[Message], work: &Work, health: &Component, shutdown: &Shutdown) {
         if !work.is_empty() {
-            self.apply(batch, work, shutdown).await;
+            self.apply(batch, work, health, shutdown).await;
             tokio::select! {
                 () = shutdown.requested() => return,
                 () = tokio::time::sleep(self.repeat_after) => {}
             }
-            self.apply(batch, work, shutdown).await;
+            self.apply(batch, work, health, shutdown).await;
         }
         if shutdown.is_requested() {
             return;
@@ -199,23 +229,29 @@ impl Debezium {
         counter!(names::DEBEZIUM_MESSAGES).increment(batch.len() as u64);
     }
 
-    async fn apply(&self, batch: &[Message], work: &Work, shutdown: &Shutdown) {
+    async fn apply(&self, batch: &[Message], work: &Work, health: &Component, shutdown: &Shutdown) {
         let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
+        let mut kept_alive = Instant::now();
         while !shutdown.is_requested() {
-            match tokio::time::timeout(self.ack_wait / 3, self.redis.apply(work)).await {
-                Ok(Ok(_)) => return,
-                Ok(Err(error)) => {
-                    counter!(names::REDIS_FAILURES).increment(1);
-                    if retry.attempts() == 0 {
-                        tracing::warn!(%error, "Redis does not apply change events; keeping them until it does");
-                    }
+            let Err(error) = worker::apply(&self.redis, work, batch, self.ack_wait, health).await else {
+                if retry.attempts() > 0 {
+                    health.ready();
                 }
-                Err(_) => tracing::warn!("Redis takes long to apply change events"),
+                return;
+            };
+            counter!(names::REDIS_FAILURES).increment(1);
+            health.not_ready(format!("Redis does not apply change events: {error}"));
+            if retry.attempts() == 0 {
+                tracing::warn!(%error, "Redis does not apply change events; keeping them until it does");
             }
-            for message in batch {
-                let _ = message.ack_with(AckKind::Progress).await;
+            if kept_alive.elapsed() >= self.ack_wait / 3 {
+                kept_alive = Instant::now();
+                worker::keep_alive(batch).await;
             }
-            tokio::time::sleep(retry.next_delay()).await;
+            tokio::select! {
+                () = shutdown.requested() => {}
+                () = tokio::time::sleep(retry.next_delay()) => {}
+            }
         }
     }
 }

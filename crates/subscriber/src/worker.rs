@@ -209,22 +209,6 @@ impl Shared {
         }
     }
 
-    /// One attempt to apply a batch. Searching a large cache for a namespace may take longer than messages may be in hand,
-    /// so they are kept meanwhile.
-    async fn apply(&self, batch: &Batch, health: &Component) -> Result<Applied, RedisError> {
-        let applying = self.redis.apply(&batch.work);
-        tokio::pin!(applying);
-        loop {
-            match tokio::time::timeout(self.config.ack_wait / 3, &mut applying).await {
-                Ok(applied) => return applied,
-                Err(_) => {
-                    health.beat();
-                    batch.keep_alive().await;
-                }
-            }
-        }
-    }
-
     /// Applies a batch, for as long as it takes, and acknowledges it. Given up only on shutdown: the messages are then
     /// delivered to somebody else.
     async fn settle(&self, batch: Batch, health: &Component, shutdown: &Shutdown) {
@@ -232,7 +216,7 @@ impl Shared {
         let mut kept_alive = Instant::now();
         loop {
             let started = Instant::now();
-            match self.apply(&batch, health).await {
+            match apply(&self.redis, &batch.work, &batch.messages, self.config.ack_wait, health).await {
                 Ok(applied) => {
                     histogram!(names::APPLY_TIME).record(started.elapsed());
                     counter!(names::KEYS_PRESENT).increment(applied.deleted);
@@ -257,7 +241,7 @@ impl Shared {
             }
             if kept_alive.elapsed() >= self.config.ack_wait / 3 {
                 kept_alive = Instant::now();
-                batch.keep_alive().await;
+                keep_alive(&batch.messages).await;
             }
         }
         if retry.attempts() > 0 {
@@ -275,14 +259,36 @@ impl Shared {
     }
 }
 
-impl Batch {
-    /// Tells NATS that the messages are still being worked on.
-    async fn keep_alive(&self) {
-        for message in &self.messages {
-            let _ = message.ack_with(AckKind::Progress).await;
+/// One attempt to apply what `messages` say. Searching a large cache for a namespace may take longer than messages may be
+/// in hand, so they are kept meanwhile.
+pub(crate) async fn apply(
+    redis: &Redis,
+    work: &Work,
+    messages: &[Message],
+    ack_wait: Duration,
+    health: &Component,
+) -> Result<Applied, RedisError> {
+    let applying = redis.apply(work);
+    tokio::pin!(applying);
+    loop {
+        match tokio::time::timeout(ack_wait / 3, &mut applying).await {
+            Ok(applied) => return applied,
+            Err(_) => {
+                health.beat();
+                keep_alive(messages).await;
+            }
         }
     }
+}
 
+/// Tells NATS that messages are still being worked on.
+pub(crate) async fn keep_alive(messages: &[Message]) {
+    for message in messages {
+        let _ = message.ack_with(AckKind::Progress).await;
+    }
+}
+
+impl Batch {
     fn count(&self) {
         gauge!(names::REDIS_UP).set(1.0);
         counter!(names::MESSAGES, "result" => "applied").increment(self.messages.len() as u64);

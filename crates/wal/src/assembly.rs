@@ -6,6 +6,7 @@ mod pieces;
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use event::log_event;
 use pgwire_replication::Lsn;
 use rules::{Image, MissingValue, Rules, TableRules};
 
@@ -16,9 +17,6 @@ use pending::Pending;
 use pieces::Draining;
 
 pub use pieces::{Commit, Piece, TopicChanges};
-
-/// Prefix of the logical messages that are events of an outbox without a table.
-pub const OUTBOX_PREFIX: &str = "outbox";
 
 /// Memory that the keys of open transactions may take, all together. About a million keys.
 pub const MAX_HELD_BYTES: usize = 36 * 1024 * 1024;
@@ -36,6 +34,11 @@ pub enum AssemblyError {
     /// transaction after its commit, and nothing has to be kept.
     #[error("open transactions name more keys than fit in {MAX_HELD_BYTES} bytes")]
     TooManyKeys,
+    /// A savepoint was rolled back in an open transaction that has enqueued events without a table. The server names the
+    /// transaction of such an event, not the subtransaction, so that nobody can tell which of them are void. Read on
+    /// without streaming: the server then sends what has committed and nothing else.
+    #[error("a savepoint was rolled back in an open transaction that has enqueued events through the log")]
+    VoidEvents,
 }
 
 /// What was seen, for the metrics.
@@ -116,7 +119,7 @@ impl Assembler {
                 self.held_bytes -= parts.iter().map(Pending::bytes).sum::<usize>();
                 self.drain(commit, end_lsn, parts);
             }
-            Message::StreamAbort { xid, subxid } => self.abort(xid, subxid),
+            Message::StreamAbort { xid, subxid } => self.abort(xid, subxid)?,
             Message::Relation(relation) => self.learn(relation),
             Message::Insert { xid, relation, new } => self.change(xid, relation, true, None, Some(new))?,
             Message::Update { xid, relation, old, new } => {
@@ -125,7 +128,7 @@ impl Assembler {
             Message::Delete { xid, relation, old } => self.change(xid, relation, false, Some(old), None)?,
             Message::Truncate { xid, relations } => self.truncate(xid, &relations)?,
             Message::Logical { xid, transactional, prefix, content } => {
-                if transactional && prefix == OUTBOX_PREFIX {
+                if transactional && prefix == log_event::PREFIX {
                     self.seen.changes += 1;
                     let content = content.into();
                     self.pending(xid, |pending| pending.add_event(content))?;
@@ -166,15 +169,18 @@ impl Assembler {
         self.draining = Some(Draining::new(commit, end_lsn, parts));
     }
 
-    fn abort(&mut self, xid: u32, subxid: u32) {
+    fn abort(&mut self, xid: u32, subxid: u32) -> Result<(), AssemblyError> {
         let dropped: usize = if xid == subxid {
             let parts = self.streamed.remove(&xid).unwrap_or_default();
             parts.values().map(Pending::bytes).sum()
+        } else if self.streamed.get(&xid).is_some_and(|parts| parts.values().any(Pending::has_events)) {
+            return Err(AssemblyError::VoidEvents);
         } else {
             let part = self.streamed.get_mut(&xid).and_then(|parts| parts.remove(&subxid));
             part.as_ref().map_or(0, Pending::bytes)
         };
         self.held_bytes -= dropped;
+        Ok(())
     }
 
     fn learn(&mut self, relation: Relation) {
@@ -261,8 +267,9 @@ impl Assembler {
             add(pending);
             return Ok(());
         };
-        let part = self.streamed.entry(top).or_default().entry(xid.unwrap_or(top)).or_default();
-        let before = part.bytes();
+        let parts = self.streamed.entry(top).or_default();
+        let before = parts.get(&xid.unwrap_or(top)).map_or(0, Pending::bytes);
+        let part = parts.entry(xid.unwrap_or(top)).or_default();
         add(part);
         self.held_bytes = self.held_bytes + part.bytes() - before;
         if self.held_bytes > MAX_HELD_BYTES { Err(AssemblyError::TooManyKeys) } else { Ok(()) }

@@ -39,11 +39,13 @@ impl Ledger {
         }
     }
 
-    /// The server has looked at the log up to here. It counts only while nothing is open, since what is open lies
-    /// before it.
-    pub fn keep_alive(&mut self, wal_end: Lsn) {
-        if self.open.is_empty() {
-            self.confirmed = self.confirmed.max(wal_end);
+    /// There is nothing to publish up to here: confirmed at once while nothing is open, and otherwise together with what
+    /// is. Any number in a row takes one entry.
+    pub fn nothing(&mut self, lsn: Lsn) {
+        match self.open.back_mut() {
+            None => self.confirmed = self.confirmed.max(lsn),
+            Some(last) if last.is_done => last.end_lsn = last.end_lsn.max(lsn),
+            Some(_) => self.open.push_back(Entry { end_lsn: lsn, is_done: true }),
         }
     }
 
@@ -77,15 +79,22 @@ mod tests {
         let second = ledger.open(Lsn(20));
         ledger.done(second);
         assert_eq!(ledger.confirmed(), Lsn(0));
-        ledger.keep_alive(Lsn(99));
-        assert_eq!(ledger.confirmed(), Lsn(0), "what is open lies before the keep-alive");
+        ledger.nothing(Lsn(90));
+        ledger.nothing(Lsn(99));
+        assert_eq!(ledger.confirmed(), Lsn(0), "what is open lies before it");
+        assert_eq!(ledger.len(), 2, "kept with what was done already");
         ledger.done(first);
-        assert_eq!(ledger.confirmed(), Lsn(20));
-        ledger.keep_alive(Lsn(99));
         assert_eq!(ledger.confirmed(), Lsn(99));
-        let third = ledger.open(Lsn(120));
+        ledger.nothing(Lsn(110));
+        assert_eq!(ledger.confirmed(), Lsn(110));
+        let open = ledger.open(Lsn(115));
+        (0..1_000).for_each(|more| ledger.nothing(Lsn(116 + more)));
+        assert_eq!(ledger.len(), 2, "nothing to publish takes no room, however often");
+        ledger.done(open);
+        assert_eq!(ledger.confirmed(), Lsn(1_115));
+        let third = ledger.open(Lsn(1_120));
         assert_eq!(ledger.len(), 1);
         ledger.done(third);
-        assert_eq!(ledger.confirmed(), Lsn(120));
+        assert_eq!(ledger.confirmed(), Lsn(1_120));
     }
 }

@@ -191,6 +191,22 @@ pub async fn create(pool: &PgPool, name: &str) -> Result<Lsn, SlotError> {
     }
 }
 
+/// Drops the slot if the log it needs is gone. One that is not lost may be another reader's, just created.
+///
+/// # Errors
+/// Whatever the database says.
+pub async fn discard_lost(pool: &PgPool, name: &str) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "select pg_drop_replication_slot(slot_name) from pg_replication_slots
+         where slot_name = $1 and wal_status = 'lost'",
+    )
+    .persistent(false)
+    .bind(name)
+    .execute(pool)
+    .await
+    .map(drop)
+}
+
 /// Drops the slot, if it exists. Fails while somebody reads it.
 ///
 /// # Errors

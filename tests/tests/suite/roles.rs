@@ -164,3 +164,28 @@ async fn no_role_can_do_more() {
     let error = run(&roles.pool("stranger").await, "select outbox.enqueue(array['k'])").await.unwrap_err();
     assert!(error.to_string().contains("permission denied"), "{error}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_producer_cannot_have_its_own_code_run_with_the_rights_of_the_outbox() {
+    let roles = Roles::create().await;
+    let app = roles.pool("app").await;
+    let mut session = app.acquire().await.unwrap();
+    sqlx::raw_sql(
+        "create function pg_temp.spy(text pg_catalog.text) returns boolean language plpgsql as
+             $$ begin raise exception 'ran as %', current_user; end $$;
+         create domain pg_temp.text as pg_catalog.text check (pg_temp.spy(value));
+         create domain pg_temp.int4 as pg_catalog.int4 check (pg_temp.spy(value::pg_catalog.text));
+         set search_path = pg_temp, public",
+    )
+    .execute(&mut *session)
+    .await
+    .unwrap();
+    // One call for each way through the function: the plain one and the one that checks everything.
+    for call in [
+        "select outbox.enqueue(array['k']::pg_catalog.text[])",
+        "select outbox.enqueue(array['k']::pg_catalog.text[], value => 'v', version => 1, ttl_ms => 5)",
+        "select outbox.enqueue_namespaces(array['k']::pg_catalog.text[])",
+    ] {
+        sqlx::raw_sql(call).execute(&mut *session).await.unwrap_or_else(|error| panic!("{call}: {error}"));
+    }
+}

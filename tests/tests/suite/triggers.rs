@@ -123,7 +123,10 @@ async fn operator_can_try_rules_before_anything_depends_on_them() {
     let coverage = watched.ask(&["rules", "coverage"]).await;
     assert!(coverage.contains("not watched: seen"), "{coverage}");
     assert!(
-        watched.ask(&["rules", "sql"]).await.contains("create trigger outbox_capture_update after update")
+        watched
+            .ask(&["rules", "sql"])
+            .await
+            .contains("create or replace trigger outbox_capture_update after update")
     );
     assert!(watched.fail(&["rules", "check", "--wal"]).await.contains("REPLICA IDENTITY FULL"));
 }

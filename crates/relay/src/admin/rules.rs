@@ -25,7 +25,7 @@ pub enum RulesCommand {
     Test(Trial),
     /// Run a statement in a transaction that is rolled back, and print what it would invalidate
     Explain {
-        /// INSERT, UPDATE, DELETE, TRUNCATE, MERGE or WITH
+        /// SELECT, INSERT, UPDATE, DELETE, TRUNCATE, MERGE or WITH
         statement: String,
         /// How long to wait for locks of others
         #[arg(long, default_value = "2s", value_parser = parse_duration)]

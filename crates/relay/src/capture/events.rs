@@ -1,7 +1,7 @@
 //! From parts of transactions to events. Pure.
 
-use event::{CacheKey, Change, CommittedEvent, EventId, MAX_NAMESPACES, Topic};
-use outbox::{Claimed, Poison, log_event};
+use event::{CacheKey, Change, CommittedEvent, EventId, MAX_NAMESPACES, Topic, log_event};
+use outbox::{Claimed, Poison};
 use uuid::{Builder, Uuid};
 use wal::{Commit, Piece};
 use xxhash_rust::xxh3::Xxh3;
@@ -27,13 +27,24 @@ pub(super) fn of_piece(piece: Piece, xid: u64) -> Events {
             made.events.push(event(commit, xid, topic.clone(), namespaces.to_vec(), Change::Namespace));
         }
     }
-    for content in logged {
-        match log_event::decode(&content, xid, commit.committed_at_us) {
-            Ok(claimed) => made.events.push(claimed),
+    for content in &logged {
+        match log_event::decode(content, xid, commit.committed_at_us) {
+            Ok((topic, event)) => made.events.push(Claimed { seq: 0, topic, event }),
             Err(error) => {
                 // It names no key that could be believed; what it said is told by its place in the log.
-                let empty = event(commit, xid, Topic::default(), Vec::new(), Change::Delete);
-                made.poison.push(Poison::new(&empty, format!("{error} (commit at {})", commit.commit_lsn)));
+                let mut empty = event(commit, xid, Topic::default(), Vec::new(), Change::Delete);
+                // Each its own: two may come from one transaction.
+                let mut hash = Xxh3::new();
+                hash.update(content);
+                empty.event.id = identity(commit, xid, &hash);
+                made.poison.push(Poison::new(
+                    &empty,
+                    format!(
+                        "logical message is no event: {} (commit at {})",
+                        service::one_line(&error),
+                        commit.commit_lsn
+                    ),
+                ));
             }
         }
     }
@@ -54,7 +65,15 @@ pub(super) fn of_gap(topic: Topic, namespaces: Vec<CacheKey>) -> Claimed {
 }
 
 fn event(commit: Commit, xid: u64, topic: Topic, keys: Vec<CacheKey>, change: Change) -> Claimed {
-    let id = identity(commit, xid, &topic, &keys, &change);
+    // The keys are part of it: a transaction may be cut into other parts when it is read again.
+    let mut hash = Xxh3::new();
+    hash.update(topic.as_str().as_bytes());
+    hash.update(&[u8::from(change == Change::Namespace)]);
+    for key in &keys {
+        hash.update(&[0]);
+        hash.update(key.as_str().as_bytes());
+    }
+    let id = identity(commit, xid, &hash);
     let event = CommittedEvent {
         id,
         keys,
@@ -66,18 +85,11 @@ fn event(commit: Commit, xid: u64, topic: Topic, keys: Vec<CacheKey>, change: Ch
     Claimed { seq: 0, topic, event }
 }
 
-/// A UUID of version 7 from the time of the commit and a hash of the rest. The keys are part of it: a transaction may be
-/// cut into other parts when it is read again.
-fn identity(commit: Commit, xid: u64, topic: &Topic, keys: &[CacheKey], change: &Change) -> EventId {
-    let mut hash = Xxh3::new();
+/// A UUID of version 7 from the time of the commit and a hash of the transaction and its content.
+fn identity(commit: Commit, xid: u64, content: &Xxh3) -> EventId {
+    let mut hash = content.clone();
     hash.update(&xid.to_le_bytes());
     hash.update(&commit.commit_lsn.0.to_le_bytes());
-    hash.update(topic.as_str().as_bytes());
-    hash.update(&[u8::from(*change == Change::Namespace)]);
-    for key in keys {
-        hash.update(&[0]);
-        hash.update(key.as_str().as_bytes());
-    }
     let milliseconds = u64::try_from(commit.committed_at_us / 1000).unwrap_or_default();
     let random: [u8; 16] = hash.digest128().to_le_bytes();
     let random = random.first_chunk::<10>().expect("16 bytes hold 10");
@@ -113,8 +125,9 @@ mod tests {
 
     #[test]
     fn a_message_that_is_no_event_is_set_aside_and_the_rest_goes_on() {
-        let made = of_piece(piece(&["a"], &["nonsense"]), 9);
-        assert_eq!((made.events.len(), made.poison.len()), (1, 1));
+        let made = of_piece(piece(&["a"], &["nonsense", "rubbish"]), 9);
+        assert_eq!((made.events.len(), made.poison.len()), (1, 2));
+        assert_ne!(made.poison[0].event_id(), made.poison[1].event_id(), "each is a dead letter of its own");
         assert_eq!(made.events[0].event.xids, [9]);
         assert!(made.poison[0].reason.contains("0/1F4"), "{}", made.poison[0].reason);
     }

@@ -1,5 +1,6 @@
 //! Changes that the slot cannot give any more: found, and answered by the gap policy.
 
+use event::MAX_NAMESPACES;
 use metrics::counter;
 use outbox::capture::{self as recorded, Position};
 use wal::session::Identity;
@@ -66,7 +67,7 @@ pub(super) async fn close(
     let begins_at = match usable {
         Some(state) => state.confirmed,
         None => {
-            slot::discard(pool, name).await?;
+            slot::discard_lost(pool, name).await?;
             slot::create(pool, name).await?
         }
     };
@@ -83,14 +84,9 @@ async fn flush(capture: &Capture) {
     let mut events = Vec::new();
     for table in capture.rules.tables() {
         let namespaces = wal::namespaces(table);
-        if namespaces.is_empty() {
-            tracing::error!(
-                table = table.qualified_name(),
-                "the rules of the table name no namespace, so its keys cannot be flushed; flush the cache by hand"
-            );
-            continue;
+        for namespaces in namespaces.chunks(MAX_NAMESPACES) {
+            events.push(super::events::of_gap(table.topic.clone(), namespaces.to_vec()));
         }
-        events.push(super::events::of_gap(table.topic.clone(), namespaces));
     }
     let mut poison = Vec::new();
     super::pump::publish_surely(&capture.shared, &events, &mut poison).await;

@@ -35,6 +35,11 @@ pub enum OpenError {
          table by triggers (`relay rules apply`) and leave it out of this file"
     )]
     Expand { file: String, line: usize, table: String },
+    #[error(
+        "{file}:{line}: table {table}: the key begins with a column, so that there is no namespace to invalidate when the log \
+         does not say what changed; begin it with a literal, such as \"user:\", or capture this table by triggers"
+    )]
+    NoBeginning { file: String, line: usize, table: String },
     #[error(transparent)]
     Rules(#[from] CatalogError),
     #[error("this server is a standby; WAL capture reads from the primary")]
@@ -66,6 +71,12 @@ pub async fn preflight(pool: &PgPool, config: &CaptureConfig, rules: &Rules) -> 
     if let Some(table) = rules.tables().iter().find(|table| !table.expand.is_empty()) {
         let (file, line, table) = (rules.file().to_owned(), table.expand[0].line, table.qualified_name());
         return Err(OpenError::Expand { file, line, table });
+    }
+    for table in rules.tables() {
+        if let Some(template) = table.keys.iter().find(|template| !template.value.begins_literally()) {
+            let (file, line, table) = (rules.file().to_owned(), template.line, table.qualified_name());
+            return Err(OpenError::NoBeginning { file, line, table });
+        }
     }
     check_rules(pool, rules).await?;
     publication::ensure(pool, &config.publication, rules).await?;
@@ -102,7 +113,7 @@ pub(super) async fn open(capture: &Capture, streaming: bool) -> Result<Opened, O
     // Before the slot: what is decoded is looked up in the catalog as it was at that point of the log.
     let tables = publication::ensure(pool, &config.publication, &capture.rules).await?;
     let mut session = Session::open(&capture.settings, WAL_SENDER_TIMEOUT, CONNECT_PATIENCE).await?;
-    let identity = session.identify().await?;
+    let identity = in_time(session.identify()).await?;
     let before = match known {
         Some(_) => recorded::position(pool, &config.slot).await?,
         None => None,
@@ -114,8 +125,14 @@ pub(super) async fn open(capture: &Capture, streaming: bool) -> Result<Opened, O
         server_version: facts.version,
         streaming,
     };
-    let stream = session.start(&options).await?;
+    let stream = in_time(session.start(&options)).await?;
     Ok(Opened { stream, tables })
+}
+
+/// The replication connection may go silent at any moment, and nothing else would notice.
+async fn in_time<T>(answer: impl Future<Output = Result<T, SessionError>>) -> Result<T, SessionError> {
+    let answered = tokio::time::timeout(CONNECT_PATIENCE, answer).await;
+    answered.unwrap_or(Err(SessionError::TimedOut(CONNECT_PATIENCE)))
 }
 
 /// After this the slot exists, and everything it has passed is published or, by the gap policy, flushed.
@@ -136,6 +153,10 @@ async fn ready_slot(
         Some(state) => state.confirmed,
         None => {
             warn_of_limits(facts);
+            tracing::info!(
+                slot = name,
+                "creating the slot; Postgres waits for all transactions that are open"
+            );
             let begins_at = slot::create(pool, name).await?;
             tracing::info!(slot = name, position = %begins_at, "created the slot; changes are captured from here on");
             begins_at

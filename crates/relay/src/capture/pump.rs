@@ -12,6 +12,7 @@ use outbox::retention::Published;
 use outbox::{Claimed, Poison};
 use service::{Backoff, Component, failpoint};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::time::timeout;
 use wal::session::Confirmer;
 use wal::{Ledger, Lsn, Piece, Snapshot, Ticket};
 
@@ -43,6 +44,9 @@ const IDLE_CONFIRM_BYTES: u64 = 256 * 1024;
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
 
+/// How long Postgres may take to tell what is visible, or to settle. What is published by then is read again.
+const DATABASE_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// Why the pump stopped.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum PumpError {
@@ -50,6 +54,8 @@ pub(super) enum PumpError {
     Snapshot(#[source] sqlx::Error),
     #[error("cannot settle what was published")]
     Settle(#[source] sqlx::Error),
+    #[error("Postgres did not answer within {DATABASE_TIMEOUT:?}")]
+    Silent,
 }
 
 /// A part of a transaction that waits to become visible.
@@ -73,7 +79,7 @@ struct Acknowledged {
 }
 
 type Publishing = Pin<Box<dyn Future<Output = Acknowledged> + Send>>;
-type Settling = Pin<Box<dyn Future<Output = Result<Lsn, sqlx::Error>> + Send>>;
+type Settling = Pin<Box<dyn Future<Output = Result<Lsn, PumpError>> + Send>>;
 
 /// The pump of one session.
 pub(super) struct Pump {
@@ -119,7 +125,7 @@ impl Pump {
                     failpoint::hit("relay.wal_after_publish").await;
                 }
                 settled = wait_for(&mut self.settling), if self.settling.is_some() => {
-                    self.settled(settled.map_err(PumpError::Settle)?).await;
+                    self.settled(settled?).await;
                 }
                 () = tokio::time::sleep_until((self.settled_at + SETTLE_INTERVAL).into()), if self.is_settling_due() => {
                     self.settle();
@@ -161,10 +167,7 @@ impl Pump {
                     let ticket = self.ledger.open(piece.end_lsn.unwrap_or(Lsn(0)));
                     self.waiting.push(Waiting { piece, permit, ticket, since, is_late: false });
                 }
-                Item::Nothing(lsn) => {
-                    let ticket = self.ledger.open(lsn);
-                    self.ledger.done(ticket);
-                }
+                Item::Nothing(lsn) => self.ledger.nothing(lsn),
             }
         }
         gauge!(names::CAPTURE_IN_FLIGHT).set(f64::from(u32::try_from(self.ledger.len()).unwrap_or(u32::MAX)));
@@ -175,7 +178,8 @@ impl Pump {
         if self.waiting.is_empty() {
             return Ok(());
         }
-        let snapshot = Snapshot::take(&self.capture.shared.pool).await.map_err(PumpError::Snapshot)?;
+        let snapshot = timeout(DATABASE_TIMEOUT, Snapshot::take(&self.capture.shared.pool)).await;
+        let snapshot = snapshot.map_err(|_| PumpError::Silent)?.map_err(PumpError::Snapshot)?;
         let mut batch = Batch::default();
         let mut still_waiting = Vec::new();
         for mut waiting in self.waiting.drain(..) {
@@ -219,7 +223,9 @@ impl Pump {
         self.settled_at = Instant::now();
         self.settling = Some(Box::pin(async move {
             let slot = &capture.config.slot;
-            recorded::settle(&capture.shared.pool, slot, confirmed.0, &settlement).await?;
+            let settling = recorded::settle(&capture.shared.pool, slot, confirmed.0, &settlement);
+            let settled = timeout(DATABASE_TIMEOUT, settling).await;
+            settled.map_err(|_| PumpError::Silent)?.map_err(PumpError::Settle)?;
             drop(permits);
             Ok(confirmed)
         }));
@@ -237,7 +243,7 @@ impl Pump {
 }
 
 /// Cancel-safe: what it waits for stays where it is.
-async fn wait_for(settling: &mut Option<Settling>) -> Result<Lsn, sqlx::Error> {
+async fn wait_for(settling: &mut Option<Settling>) -> Result<Lsn, PumpError> {
     match settling {
         Some(settling) => settling.await,
         None => std::future::pending().await,
@@ -297,8 +303,8 @@ pub(super) async fn publish_surely(
         };
         let limits = Limits { events: shared.config.envelope_events as usize, bytes: usable.max_body };
         let packing = pack(events, limits);
-        let timeout = shared.config.publish_timeout;
-        match publisher::publish(&shared.jetstream, &shared.nats, packing.messages, timeout).await {
+        let patience = shared.config.publish_timeout;
+        match publisher::publish(&shared.jetstream, &shared.nats, packing.messages, patience).await {
             Ok(published) => {
                 poison.extend(packing.too_large.iter().map(|&row| {
                     let limit = usable.max_body;

@@ -35,8 +35,8 @@ pub(super) enum ReadError {
     Session(#[from] SessionError),
     #[error("cannot decode the write-ahead log")]
     Assembly(#[source] AssemblyError),
-    #[error("open transactions name more keys than are kept")]
-    TooManyKeys,
+    #[error("transactions cannot be read before their commit")]
+    NotBeforeCommit(#[source] AssemblyError),
 }
 
 /// Reading ended because of a shutdown.
@@ -94,7 +94,9 @@ pub(super) async fn read(
         match frame {
             Frame::Data(message) => {
                 assembler.feed(&message).map_err(|error| match error {
-                    AssemblyError::TooManyKeys => ReadError::TooManyKeys,
+                    AssemblyError::TooManyKeys | AssemblyError::VoidEvents => {
+                        ReadError::NotBeforeCommit(error)
+                    }
                     error => ReadError::Assembly(error),
                 })?;
                 while let Some(piece) = assembler.next_piece() {

@@ -189,7 +189,7 @@ async fn columns(connection: &mut PgConnection, oid: i64) -> Result<Vec<Column>,
             select attnum, atttypid from pg_attribute where attrelid = $1::int8::oid and attnum > 0 and not attisdropped
             union all
             select base.attnum, t.typbasetype from base join pg_type t on t.oid = base.typid where t.typtype = 'd')
-         select a.attname::text, format_type(a.atttypid, a.atttypmod), t.typname::text, t.typtype = 'e',
+         select a.attname::text, format_type(a.atttypid, null), t.typname::text, t.typtype = 'e',
             a.attgenerated <> ''
          from base join pg_type t on t.oid = base.typid and t.typtype <> 'd'
          join pg_attribute a on a.attrelid = $1::int8::oid and a.attnum = base.attnum

@@ -10,7 +10,9 @@ use crate::template::{Part, Template};
 pub(super) fn text_of(column: &Column, row: &str) -> String {
     let name = identifier(&column.name);
     match column.base_type.as_str() {
-        "bool" | "bpchar" | "inet" | "cidr" => format!("nullif(concat({row}.{name}), '')"),
+        "bool" | "bpchar" | "inet" | "cidr" => {
+            format!("case when {row}.{name} is not null then concat({row}.{name}) end")
+        }
         "text" => format!("{row}.{name}"),
         _ => format!("{row}.{name}::text"),
     }

@@ -78,7 +78,7 @@ impl Trigger {
             Self::Truncate => String::new(),
         };
         format!(
-            "create trigger {} after {} on {}.{}{tables} for each statement execute function outbox.{}()",
+            "create or replace trigger {} after {} on {}.{}{tables} for each statement execute function outbox.{}()",
             self.name(),
             self.word(),
             identifier(schema),
@@ -174,6 +174,10 @@ impl Generator<'_> {
         let mut head =
             "returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp set jit = off"
                 .to_owned();
+        // Floats are compared by their texts, which must tell apart what differs, whatever the writer has set.
+        if self.facts.columns.iter().any(|column| column.base_type.starts_with("float")) {
+            head.push_str(" set extra_float_digits = 1");
+        }
         let needed = self.table.needed_columns();
         if self
             .facts

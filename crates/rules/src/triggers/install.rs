@@ -177,7 +177,7 @@ async fn installed(connection: &mut PgConnection) -> Result<Installed, sqlx::Err
         installed.functions.entry(row.try_get(0)?).or_default().push((row.try_get(1)?, row.try_get(2)?));
     }
     let triggers = sqlx::query(
-        "select n.nspname::text, c.relname::text, t.tgname::text, p.proname::text, t.tgenabled <> 'D'
+        "select n.nspname::text, c.relname::text, t.tgname::text, p.proname::text, t.tgenabled in ('O', 'A')
          from pg_trigger t join pg_class c on c.oid = t.tgrelid join pg_namespace n on n.oid = c.relnamespace
          join pg_proc p on p.oid = t.tgfoid
          where not t.tgisinternal and p.pronamespace = to_regnamespace('outbox') and p.proname like 'outbox\\_capture\\_%'",

@@ -114,3 +114,38 @@ async fn names_of_any_length_and_form_get_functions_of_their_own() {
     let keys = bed.keys("insert into \"Ünïcode Täble, with 'quotes' of many bytes ääää\" values (1)").await;
     assert_eq!(keys, ["Ünïcode Täble, with 'quotes' of many bytes ääää:1"]);
 }
+
+#[tokio::test]
+async fn applying_twice_changes_nothing_though_the_key_has_a_length() {
+    let schema = "create table parts (code varchar(20) primary key, name text);
+        insert into parts values ('a', 'x')";
+    let rules = r#"
+        [[table]]
+        name = "parts"
+        keys = ["part:{code}"]
+        on_truncate = "ignore"
+        [[table.expand]]
+        sql = "select 'shelf:' || code from parts where code = any($1)"
+    "#;
+    let bed = Bed::watched(schema, rules).await;
+    let second = bed.install(rules).await;
+    assert!(second.steps.is_empty(), "{:?}", whats(&second));
+    assert_eq!(bed.keys("update parts set name = 'y'").await, ["part:a", "shelf:a"]);
+}
+
+#[tokio::test]
+async fn a_trigger_that_fires_for_replication_alone_is_not_taken_for_installed() {
+    let bed = Bed::watched(USERS, RULES).await;
+    bed.run(
+        "do $$ declare name text; begin
+             for name in select tgname from pg_trigger where tgname like 'outbox_capture%' loop
+                 execute format('alter table users enable replica trigger %I', name);
+             end loop;
+         end $$",
+    )
+    .await;
+    assert!(bed.keys("update users set name = 'x' where id = 1").await.is_empty());
+    let plan = bed.install(RULES).await;
+    assert_eq!(plan.steps.len(), 8, "{:?}", whats(&plan));
+    assert_eq!(bed.keys("update users set name = 'y' where id = 1").await.len(), 2);
+}

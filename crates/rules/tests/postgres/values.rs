@@ -132,3 +132,17 @@ async fn what_a_row_holds_never_makes_its_writer_fail() {
     let warning = "WARNING:  1 keys of table public.t are no cache keys";
     assert!(log.contains(warning), "{log}");
 }
+
+#[tokio::test]
+async fn floats_that_differ_are_changes_whatever_the_writer_has_set() {
+    let schema = "create table prices (id int primary key, price float8); insert into prices values (1, 0.1)";
+    let rules = r#"
+        [[table]]
+        name = "prices"
+        keys = ["price:{id}"]
+        on_truncate = "ignore"
+    "#;
+    let bed = Bed::watched(schema, rules).await;
+    let update = "set extra_float_digits = -10; update prices set price = 0.1000000000000001";
+    assert_eq!(bed.keys(update).await, ["price:1"]);
+}

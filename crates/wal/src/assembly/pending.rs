@@ -74,10 +74,15 @@ impl Pending {
             || self.topics.iter().map(|(_, collected)| collected.keys.len()).sum::<usize>() >= FULL_AT_KEYS
     }
 
-    /// Memory it takes, about.
+    pub(super) fn has_events(&self) -> bool {
+        !self.events.is_empty()
+    }
+
+    /// Memory it takes, about; what a subtransaction of a single row takes is mostly the room around it.
     pub(super) fn bytes(&self) -> usize {
         let of_topic =
             |(_, collected): &(Topic, Collected)| collected.keys.bytes() + collected.namespaces.len() * 64;
-        self.event_bytes + self.events.len() * 16 + self.topics.iter().map(of_topic).sum::<usize>()
+        let own = size_of::<Self>() + self.topics.capacity() * size_of::<(Topic, Collected)>();
+        own + self.event_bytes + self.events.len() * 16 + self.topics.iter().map(of_topic).sum::<usize>()
     }
 }

@@ -7,6 +7,9 @@ use super::pending::{Collected, Pending};
 /// Most keys in a part of a transaction.
 const PIECE_KEYS: usize = 1_000;
 
+/// Most bytes of events in a part of a transaction, unless a single event has more.
+const PIECE_EVENT_BYTES: usize = 512 * 1024;
+
 /// A transaction that has committed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Commit {
@@ -47,6 +50,7 @@ impl Piece {
     pub(super) fn of_unfinished(commit: Commit, pending: Pending) -> Self {
         let mut draining = Draining::new(commit, Lsn(0), vec![pending]);
         draining.piece_keys = usize::MAX;
+        draining.piece_event_bytes = usize::MAX;
         Self { end_lsn: None, ..draining.next() }
     }
 
@@ -84,9 +88,10 @@ pub(super) struct Draining {
     commit: Commit,
     end_lsn: Lsn,
     topics: Vec<(Topic, Keys, Vec<CacheKey>)>,
-    events: Vec<Box<[u8]>>,
+    events: std::iter::Peekable<std::vec::IntoIter<Box<[u8]>>>,
     unknown: Vec<MissingValue>,
     piece_keys: usize,
+    piece_event_bytes: usize,
 }
 
 type Keys = std::iter::Peekable<Box<dyn Iterator<Item = String> + Send>>;
@@ -99,22 +104,25 @@ impl std::fmt::Debug for Draining {
 
 impl Draining {
     pub(super) fn new(commit: Commit, end_lsn: Lsn, parts: Vec<Pending>) -> Self {
+        let mut all_events = Vec::new();
         let mut draining = Self {
             commit,
             end_lsn,
             topics: Vec::new(),
-            events: Vec::new(),
+            events: Vec::new().into_iter().peekable(),
             unknown: Vec::new(),
             piece_keys: PIECE_KEYS,
+            piece_event_bytes: PIECE_EVENT_BYTES,
         };
         for Pending { topics, events, unknown, .. } in parts {
-            draining.events.extend(events);
+            all_events.extend(events);
             draining.unknown.extend(unknown);
             for (topic, Collected { keys, namespaces }) in topics {
                 let keys: Box<dyn Iterator<Item = String> + Send> = Box::new(keys.into_keys());
                 draining.topics.push((topic, keys.peekable(), namespaces));
             }
         }
+        draining.events = all_events.into_iter().peekable();
         draining
     }
 
@@ -140,11 +148,20 @@ impl Draining {
             }
             self.topics.pop();
         }
+        let mut events = Vec::new();
+        let mut bytes = 0_usize;
+        while let Some(event) = self.events.next_if(|event| {
+            bytes = bytes.saturating_add(event.len());
+            events.is_empty() || bytes <= self.piece_event_bytes
+        }) {
+            events.push(event);
+        }
+        let is_last = self.topics.is_empty() && self.events.peek().is_none();
         Piece {
             commit: self.commit,
-            end_lsn: self.topics.is_empty().then_some(self.end_lsn),
+            end_lsn: is_last.then_some(self.end_lsn),
             topics,
-            events: std::mem::take(&mut self.events),
+            events,
             unknown: std::mem::take(&mut self.unknown),
         }
     }

@@ -1,5 +1,6 @@
 use std::time::Duration;
 
+use crate::InvalidName;
 use pgwire_replication::PgWireError;
 use pgwire_replication::protocol::ErrorFields;
 
@@ -41,8 +42,8 @@ pub enum SessionError {
         message: String,
     },
     /// A name could not be used as it is in a replication command.
-    #[error("{0:?} is not a name for a slot or publication: use 1 to 63 of a-z, 0-9 and _")]
-    InvalidName(String),
+    #[error(transparent)]
+    InvalidName(#[from] InvalidName),
     /// The server sent something that is not part of the protocol.
     #[error("unexpected message on the replication connection")]
     Unexpected,

@@ -34,7 +34,7 @@ pub struct StreamOptions<'a> {
 impl StreamOptions<'_> {
     pub(super) fn statement(&self) -> Result<String, SessionError> {
         for name in [self.slot, self.publication] {
-            check_name(name).map_err(|_| SessionError::InvalidName(name.to_owned()))?;
+            check_name(name)?;
         }
         let version = match (self.server_version >= STREAMS_SINCE, self.streaming) {
             (false, _) => "proto_version '1'",

@@ -77,3 +77,11 @@ async fn a_slot_that_postgres_gave_up_is_a_gap() {
     until_read(&pair).await;
     fence(&pair).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_position_that_is_recorded_nowhere_is_an_error_and_not_settled() {
+    let pair = super::users().await;
+    let settlement = outbox::capture::Settlement::default();
+    let error = outbox::capture::settle(&pair.pool, "forgotten", 7, &settlement).await.unwrap_err();
+    assert!(matches!(error, sqlx::Error::RowNotFound), "{error}");
+}

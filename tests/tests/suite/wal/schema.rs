@@ -120,3 +120,15 @@ async fn sql_in_the_rules_is_refused_rather_than_left_out() {
     let log = refusal("create table users (id bigint primary key)", rules).await;
     assert!(log.contains("rules.toml:6") && log.contains("triggers"), "{log}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_without_a_beginning_that_could_be_invalidated_is_refused() {
+    let rules = r#"
+        [[table]]
+        name = "users"
+        keys = ["user:{id}", "{id}:page"]
+        on_truncate = "ignore"
+    "#;
+    let log = refusal("create table users (id bigint primary key)", rules).await;
+    assert!(log.contains("rules.toml:4") && log.contains("begin it with a literal"), "{log}");
+}

@@ -1,4 +1,6 @@
 use devstack::{PostgresOptions, StackOptions};
+use outbox::Event;
+use sqlx::Connection;
 use tests::Pair;
 
 use super::{USER_RULES, USERS, captured_on, fence, sql, users};
@@ -72,4 +74,27 @@ async fn a_prepared_transaction_invalidates_when_it_is_committed_and_only_then()
     sql(&pair, "rollback prepared 'second'").await;
     fence(&pair).await;
     assert!(pair.is_cached("user:2:profile").await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_that_a_savepoint_took_back_is_not_published_though_its_transaction_was_streamed() {
+    let pair = streaming().await;
+    for key in ["cart:kept", "cart:void"] {
+        pair.fill(key).await.unwrap();
+    }
+    let event = |key: &str| Event::delete([key]).unwrap();
+    let mut tx = pair.pool.begin().await.unwrap();
+    sqlx::raw_sql("update users set name = repeat('a', 300) where id < 900").execute(&mut *tx).await.unwrap();
+    let _ = outbox::enqueue_through_wal(&mut tx, &[event("cart:kept")]).await.unwrap();
+    let mut savepoint = tx.begin().await.unwrap();
+    let _ = outbox::enqueue_through_wal(&mut savepoint, &[event("cart:void")]).await.unwrap();
+    sqlx::raw_sql("update users set name = repeat('b', 300) where id < 900")
+        .execute(&mut *savepoint)
+        .await
+        .unwrap();
+    savepoint.rollback().await.unwrap();
+    tx.commit().await.unwrap();
+    pair.until_none("cart:kept").await;
+    fence(&pair).await;
+    assert!(pair.is_cached("cart:void").await.unwrap(), "it never committed");
 }
