@@ -139,6 +139,7 @@ async fn floats_that_differ_are_changes_whatever_the_writer_has_set() {
     let rules = r#"
         [[table]]
         name = "prices"
+        columns = ["price"]
         keys = ["price:{id}"]
         on_truncate = "ignore"
     "#;
