@@ -5,6 +5,7 @@
 //! the reader decodes, the pump publishes, and what is published is settled in Postgres before the slot hears of it.
 
 mod events;
+mod expand;
 mod gap;
 mod monitor;
 mod opening;
@@ -17,6 +18,7 @@ use std::time::Duration;
 use metrics::{counter, gauge};
 use rules::Rules;
 use service::{Backoff, Component, Shutdown};
+use wal::Assembler;
 use wal::session::{SessionError, Settings};
 
 use crate::config::CaptureConfig;
@@ -123,7 +125,7 @@ async fn read_on(
     health: &Component,
     shutdown: &Shutdown,
 ) -> Result<(), CaptureError> {
-    let Opened { stream, tables, .. } = opening::open(capture, streaming).await?;
+    let Opened { stream, tables, expanders } = opening::open(capture, streaming).await?;
     tracing::info!(
         slot = capture.config.slot,
         publication = capture.config.publication,
@@ -133,9 +135,12 @@ async fn read_on(
     health.ready();
     let confirmer = stream.confirmer();
     let (sender, receiver) = reader::channel();
-    let pump = Pump::new(Arc::clone(capture), confirmer, health.clone());
+    let primary_keys =
+        expanders.iter().map(|expander| Some(expander.as_ref()?.column().to_owned())).collect();
+    let assembler = Assembler::new(Arc::clone(&capture.rules), tables, primary_keys);
+    let pump = Pump::new(Arc::clone(capture), expanders, confirmer, health.clone());
     let mut pump = Box::pin(pump.run(receiver));
-    let reading = reader::read(stream, Arc::clone(&capture.rules), tables, sender, shutdown);
+    let reading = reader::read(stream, assembler, sender, shutdown);
     let end = tokio::select! {
         end = reading => end?,
         pumped = &mut pump => return Ok(pumped?),

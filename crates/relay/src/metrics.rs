@@ -50,6 +50,7 @@ metrics! {
     describe_counter CAPTURE_RECONNECTS = "relay_wal_reconnects_total", Count, "Times reading the log was interrupted";
     describe_counter CAPTURE_GAPS = "relay_wal_gaps_total", Count, "Times changes were missing from the slot for good, by policy";
     describe_histogram CAPTURE_GATE_WAIT = "relay_wal_gate_wait_seconds", Seconds, "How long transactions that were not visible at first had to wait";
+    describe_histogram CAPTURE_EXPAND = "relay_wal_expand_seconds", Seconds, "Time to ask the database for the further keys of expand";
     describe_histogram CAPTURE_KEYS = "relay_wal_keys", Count, "Distinct keys of a transaction, or of a part of a large one";
 }
 

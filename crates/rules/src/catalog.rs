@@ -1,17 +1,18 @@
 //! The rules against a database: do the tables and columns exist, and can their values be parts of keys?
 
-mod expand;
+pub(crate) mod expand;
 mod facts;
 mod identity;
 
 use sqlx::PgConnection;
 
+pub use expand::{ExpandError, Expander, Found, expanders};
 pub use facts::{Column, Facts, Relation};
 pub use identity::check_identity;
 
 use crate::Rules;
 use crate::problem::{Problem, RulesError};
-use crate::table::{At, TableRules};
+use crate::table::{At, Expand, TableRules};
 
 /// The rules do not fit the database, or it cannot be asked.
 #[derive(Debug, thiserror::Error)]
@@ -102,7 +103,7 @@ impl Judge<'_> {
                 [] => "expand needs a primary key, which the table does not have".to_owned(),
                 columns => format!("expand needs a primary key of one column, not ({})", columns.join(", ")),
             };
-            self.refuse(expand.line, None, message);
+            self.refuse(expand.sql.line, None, message);
         }
     }
 
@@ -129,7 +130,7 @@ impl Judge<'_> {
 
     async fn expand(&mut self, connection: &mut PgConnection, facts: &Facts) -> Result<(), sqlx::Error> {
         let Some(key) = facts.single_key() else { return Ok(()) };
-        for At { value, line } in &self.table.expand {
+        for Expand { sql: At { value, line }, .. } in &self.table.expand {
             if let Err(message) = expand::try_out(connection, facts, key, value).await? {
                 self.refuse(*line, Some(&key.name), message);
             }

@@ -46,22 +46,14 @@ impl TableRules {
     /// image the write-ahead log does not carry, `old` is `None` too: its identity, and with it every key, is that of the
     /// new image then.
     ///
-    /// `expand` is not part of it: that needs the database.
+    /// `expand` is not part of it: that needs the database, and [`values`](Self::values) of the primary key.
     ///
     /// # Errors
     /// [`MissingValue`] if an image lacks a column that a template or the condition needs.
     pub fn keys(&self, old: Option<&dyn Image>, new: Option<&dyn Image>) -> Result<Expansion, MissingValue> {
         let mut expansion = Expansion::default();
-        if !self.is_changed(old, new) {
-            return Ok(expansion);
-        }
-        let completed = new.map(|new| Completed { new, old });
-        let images = [old, completed.as_ref().map(|image| image as &dyn Image)];
         let mut seen = HashSet::new();
-        for image in images.into_iter().flatten() {
-            if !self.counts(image)? {
-                continue;
-            }
+        self.each_counting(old, new, |image| {
             for template in self.keys.iter().map(|template| &template.value) {
                 let key = template.expand(image).map_err(|(column, cell)| self.missing(column, cell))?;
                 let Some(key) = key else { continue };
@@ -77,8 +69,51 @@ impl TableRules {
                     }),
                 }
             }
-        }
+            Ok(())
+        })?;
         Ok(expansion)
+    }
+
+    /// The distinct values of a column in the images that count, those that are NULL aside.
+    ///
+    /// # Errors
+    /// [`MissingValue`] if an image lacks the column or that of the condition.
+    pub fn values(
+        &self,
+        column: &str,
+        old: Option<&dyn Image>,
+        new: Option<&dyn Image>,
+    ) -> Result<Vec<String>, MissingValue> {
+        let mut values = Vec::new();
+        self.each_counting(old, new, |image| {
+            match image.cell(column) {
+                Cell::Null => {}
+                Cell::Text(value) if values.iter().any(|known| known == value) => {}
+                Cell::Text(value) => values.push(value.to_owned()),
+                cell => return Err(self.missing(column, cell)),
+            }
+            Ok(())
+        })?;
+        Ok(values)
+    }
+
+    fn each_counting(
+        &self,
+        old: Option<&dyn Image>,
+        new: Option<&dyn Image>,
+        mut visit: impl FnMut(&dyn Image) -> Result<(), MissingValue>,
+    ) -> Result<(), MissingValue> {
+        if !self.is_changed(old, new) {
+            return Ok(());
+        }
+        let completed = new.map(|new| Completed { new, old });
+        let images = [old, completed.as_ref().map(|image| image as &dyn Image)];
+        for image in images.into_iter().flatten() {
+            if self.counts(image)? {
+                visit(image)?;
+            }
+        }
+        Ok(())
     }
 
     /// Whether anything changed that the rules watch. In doubt it did.

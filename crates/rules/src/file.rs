@@ -12,7 +12,7 @@ use toml::Spanned;
 use crate::condition::Condition;
 use crate::image::bool_text;
 use crate::problem::{Problem, RulesError};
-use crate::table::{At, OnTruncate, TableRules};
+use crate::table::{At, Expand, OnTruncate, TableRules};
 use crate::template::Template;
 
 /// Most tables in a file.
@@ -21,7 +21,7 @@ const MAX_TABLES: usize = 1_000;
 /// Most templates, and most `expand`, of a table.
 const MAX_PER_TABLE: usize = 64;
 
-/// Most namespaces that a TRUNCATE may invalidate: each is searched for in the whole cache.
+/// Most namespaces in a list: each is searched for in the whole cache.
 const MAX_NAMESPACES: usize = 16;
 
 /// The rules of all watched tables.
@@ -56,6 +56,7 @@ struct RawTable {
 #[serde(deny_unknown_fields)]
 struct RawExpand {
     sql: Spanned<String>,
+    namespaces: Option<Spanned<Vec<String>>>,
 }
 
 #[derive(Deserialize)]
@@ -216,7 +217,7 @@ impl Reader<'_> {
             keys: raw.keys.into_iter().filter_map(|key| self.template(&key)).collect(),
             topic: self.topic(raw.topic),
             when: raw.when.and_then(|when| self.when(when)),
-            expand: raw.expand.into_iter().filter_map(|expand| self.expand(&expand)).collect(),
+            expand: raw.expand.into_iter().filter_map(|expand| self.expand(expand)).collect(),
             on_truncate: self.on_truncate(start, raw.on_truncate),
             schema,
             name,
@@ -274,14 +275,33 @@ impl Reader<'_> {
         })
     }
 
-    fn expand(&mut self, expand: &RawExpand) -> Option<At<String>> {
+    fn expand(&mut self, expand: RawExpand) -> Option<Expand> {
         let line = self.at(&expand.sql);
         let value = expand.sql.as_ref().trim().trim_end_matches(';').to_owned();
         if !value.contains("$1") {
             self.refuse(line, "expand does not use $1, the array of changed primary keys");
             return None;
         }
-        Some(At { value, line })
+        let namespaces = expand.namespaces.map_or_else(Vec::new, |list| {
+            let line = self.at(&list);
+            self.namespaces(line, "namespaces", list.into_inner())
+        });
+        Some(Expand { sql: At { value, line }, namespaces })
+    }
+
+    fn namespaces(&mut self, line: usize, field: &str, list: Vec<String>) -> Vec<CacheKey> {
+        if list.is_empty() || list.len() > MAX_NAMESPACES {
+            let count = list.len();
+            self.refuse(
+                line,
+                format!("{field} names {count} key prefixes; 1 to {MAX_NAMESPACES} are possible"),
+            );
+        }
+        let checked: Result<Vec<_>, _> = list.into_iter().map(CacheKey::new).collect();
+        checked.unwrap_or_else(|error| {
+            self.refuse(line, format!("{field}: {error}"));
+            Vec::new()
+        })
     }
 
     fn on_truncate(&mut self, start: usize, raw: Option<Spanned<RawOnTruncate>>) -> OnTruncate {
@@ -304,18 +324,7 @@ impl Reader<'_> {
                 OnTruncate::Ignore
             }
             RawOnTruncate::Namespaces(list) => {
-                if list.is_empty() || list.len() > MAX_NAMESPACES {
-                    let count = list.len();
-                    self.refuse(
-                        line,
-                        format!("on_truncate names {count} key prefixes; 1 to {MAX_NAMESPACES} are possible"),
-                    );
-                }
-                let checked: Result<Vec<_>, _> = list.into_iter().map(CacheKey::new).collect();
-                OnTruncate::Namespaces(checked.unwrap_or_else(|error| {
-                    self.refuse(line, format!("on_truncate: {error}"));
-                    Vec::new()
-                }))
+                OnTruncate::Namespaces(self.namespaces(line, "on_truncate", list))
             }
         }
     }

@@ -19,7 +19,7 @@ pub use expansion::{Expansion, MissingValue, RefusedKey};
 pub use file::Rules;
 pub use image::{Cell, Image, InvalidImage, JsonImage};
 pub use problem::{Problem, RulesError};
-pub use table::{At, OnTruncate, TableRules};
+pub use table::{At, Expand, OnTruncate, TableRules};
 pub use template::{InvalidTemplate, Part, Template};
 
 /// Settings a session must have for the text of its values to be what keys are made of. The functions of the triggers have

@@ -31,10 +31,19 @@ pub struct TableRules {
     pub topic: Topic,
     /// Which row images count.
     pub when: Option<At<Condition>>,
-    /// SQL that maps changed primary keys, `$1`, to further keys.
-    pub expand: Vec<At<String>>,
+    /// Queries that map changed primary keys to further keys.
+    pub expand: Vec<Expand>,
     /// What TRUNCATE invalidates.
     pub on_truncate: OnTruncate,
+}
+
+/// A query that maps changed primary keys to further keys.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Expand {
+    /// SQL with the array of the primary keys as `$1`.
+    pub sql: At<String>,
+    /// Namespaces of all keys it may find. They are declared stale when it is not known what changed.
+    pub namespaces: Vec<CacheKey>,
 }
 
 /// What TRUNCATE of a table invalidates.

@@ -131,3 +131,27 @@ fn a_value_that_was_not_sent_is_that_of_the_old_image_or_an_error_with_the_remed
     assert_eq!(error.column, "tenant_id");
     assert!(error.to_string().contains("not part of the replica identity"), "{error}");
 }
+
+#[test]
+fn the_values_of_a_column_come_from_the_images_that_count() {
+    let values = |name: &str, old: Option<&str>, new: Option<&str>| {
+        let (old, new) = (old.map(image), new.map(image));
+        table(name).values(
+            "id",
+            old.as_ref().map(|image| image as &dyn Image),
+            new.as_ref().map(|image| image as &dyn Image),
+        )
+    };
+    let (a, b) = (r#"{"id":1,"deleted":false}"#, r#"{"id":2,"deleted":false}"#);
+    assert_eq!(values("live", Some(a), Some(b)).unwrap(), ["1", "2"]);
+    assert_eq!(values("live", Some(a), Some(a)).unwrap(), ["1"]);
+    assert_eq!(
+        values("live", Some(a), Some(r#"{"id":3,"deleted":true}"#)).unwrap(),
+        ["1"],
+        "it left the condition"
+    );
+    assert!(values("live", None, Some(r#"{"id":null,"deleted":false}"#)).unwrap().is_empty());
+    let unwatched = r#"{"id":1,"name":"A","tenant_id":1,"email":"a"}"#;
+    assert!(values("users", Some(unwatched), Some(unwatched)).unwrap().is_empty(), "nothing watched changed");
+    assert_eq!(values("live", Some(r#"{"deleted":false}"#), None).unwrap_err().column, "id");
+}

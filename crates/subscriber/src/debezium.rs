@@ -80,7 +80,7 @@ pub async fn prepare(
                 "{}:{}: table {}: expand asks the database, which the subscriber does not know; remove it, or capture \
                  with the relay",
                 rules.file(),
-                expand.line,
+                expand.sql.line,
                 table.qualified_name()
             );
         }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use event::log_event;
 use pgwire_replication::Lsn;
-use rules::{Image, MissingValue, Rules, TableRules};
+use rules::{Expansion, Image, MissingValue, Rules, TableRules};
 
 use crate::pgoutput::{DecodeError, Message, OldTuple, Relation, ReplicaIdentity, Tuple, decode};
 use crate::row::Row;
@@ -58,6 +58,8 @@ pub struct Assembler {
     rules: Arc<Rules>,
     /// Which table of the rules a relation was when the reader started: a table that is renamed keeps its rules.
     known: HashMap<u32, usize>,
+    /// The primary key of each table of the rules that has `expand`.
+    primary_keys: Vec<Option<String>>,
     relations: HashMap<u32, Watched>,
     /// The transaction that is being received, which has committed.
     open: Option<(Commit, Pending)>,
@@ -80,12 +82,14 @@ struct Watched {
 }
 
 impl Assembler {
-    /// An assembler for one session. `known` maps object ids of tables to their rules.
+    /// An assembler for one session. `known` maps object ids of tables to their rules; `primary_keys` has, in the order of
+    /// the rules, the column whose values `expand` is given, where there is one.
     #[must_use]
-    pub fn new(rules: Arc<Rules>, known: HashMap<u32, usize>) -> Self {
+    pub fn new(rules: Arc<Rules>, known: HashMap<u32, usize>, primary_keys: Vec<Option<String>>) -> Self {
         Self {
             rules,
             known,
+            primary_keys,
             relations: HashMap::new(),
             open: None,
             streamed: HashMap::new(),
@@ -197,7 +201,10 @@ impl Assembler {
                 "the publication holds a table without rules; its changes invalidate nothing"
             );
         }
-        let not_logged = table.and_then(|index| not_logged(&self.rules.tables()[index], &relation));
+        let not_logged = table.and_then(|index| {
+            let primary_key = self.primary_key(index);
+            not_logged(&self.rules.tables()[index], primary_key, &relation)
+        });
         self.relations.insert(relation.oid, Watched { relation, table, not_logged });
     }
 
@@ -213,10 +220,11 @@ impl Assembler {
         let rules = Arc::clone(&self.rules);
         let watched =
             self.relations.get(&oid).ok_or(AssemblyError::OutOfOrder("a change of an unknown table"))?;
-        let Some(table) = watched.table.map(|index| &rules.tables()[index]) else {
+        let Some(index) = watched.table else {
             self.seen.unwatched += 1;
             return Ok(());
         };
+        let table = &rules.tables()[index];
         if let (false, Some(column)) = (is_insert, &watched.not_logged) {
             let because = " of old rows: the replica identity was changed";
             let missing = MissingValue { table: table.qualified_name(), column: column.clone(), because };
@@ -230,17 +238,24 @@ impl Assembler {
         let row = |values, key_only| Row { relation: &watched.relation, values, key_only };
         let old = old.map(|values| row(values, key_only));
         let new = new.as_ref().map(|values| row(values, false));
-        match keys(table, old.as_ref(), new.as_ref()) {
-            Ok(expansion) => {
+        match stale(table, self.primary_key(index), old.as_ref(), new.as_ref()) {
+            Ok((expansion, primary_keys)) => {
                 self.seen.refused_keys += expansion.refused.len() as u64;
-                if expansion.keys.is_empty() {
+                if expansion.keys.is_empty() && primary_keys.is_empty() {
                     self.seen.unwatched += 1;
                     return Ok(());
                 }
-                self.pending(xid, |pending| pending.add_keys(&table.topic, &expansion.keys))
+                self.pending(xid, |pending| {
+                    pending.add_keys(&table.topic, &expansion.keys);
+                    pending.add_primary_keys(index, &primary_keys);
+                })
             }
             Err(missing) => self.pending(xid, |pending| pending.add_unknown(table, &missing)),
         }
+    }
+
+    fn primary_key(&self, table: usize) -> Option<&str> {
+        self.primary_keys.get(table)?.as_deref()
     }
 
     fn truncate(&mut self, xid: Option<u32>, oids: &[u32]) -> Result<(), AssemblyError> {
@@ -277,22 +292,25 @@ impl Assembler {
 }
 
 /// A column that the rules need and the replica identity lacks, though the table has it.
-fn not_logged(table: &TableRules, relation: &Relation) -> Option<String> {
+fn not_logged(table: &TableRules, primary_key: Option<&str>, relation: &Relation) -> Option<String> {
     if relation.identity == ReplicaIdentity::Full {
         return None;
     }
     let is_logged = |name: &str| relation.columns.iter().all(|column| &*column.name != name || column.is_key);
-    table.needed_columns().into_iter().find(|name| !is_logged(name)).map(str::to_owned)
+    table.needed_columns().into_iter().chain(primary_key).find(|name| !is_logged(name)).map(str::to_owned)
 }
 
-/// The keys of a changed row. Where the log does not hold the old row as a whole, what is compared is not known, so the
-/// change counts.
-fn keys(
+/// The keys of a changed row, and what `expand` is to be given. Where the log does not hold the old row as a whole, what
+/// is compared is not known, so the change counts.
+fn stale(
     table: &TableRules,
+    primary_key: Option<&str>,
     old: Option<&Row<'_>>,
     new: Option<&Row<'_>>,
-) -> Result<rules::Expansion, MissingValue> {
-    table.keys(old.map(|row| row as &dyn Image), new.map(|row| row as &dyn Image))
+) -> Result<(Expansion, Vec<String>), MissingValue> {
+    let (old, new) = (old.map(|row| row as &dyn Image), new.map(|row| row as &dyn Image));
+    let primary_keys = primary_key.map_or(Ok(Vec::new()), |column| table.values(column, old, new))?;
+    Ok((table.keys(old, new)?, primary_keys))
 }
 
 /// Microseconds since 2000 as microseconds since 1970.

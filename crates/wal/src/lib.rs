@@ -21,17 +21,42 @@ pub use pgwire_replication::Lsn;
 use event::CacheKey;
 use rules::{Part, TableRules};
 
-/// Everything a table's rules could name: what TRUNCATE invalidates and the literal beginnings of the templates.
+/// Everything a table's rules could name: what TRUNCATE invalidates, the literal beginnings of the templates and the
+/// namespaces of `expand`.
 #[must_use]
 pub fn namespaces(table: &TableRules) -> Vec<CacheKey> {
     let mut namespaces = table.on_truncate.namespaces().to_vec();
-    for template in &table.keys {
-        if let Some(Part::Literal(beginning)) = template.value.parts().first()
-            && let Ok(beginning) = CacheKey::new(beginning.as_str())
-            && !namespaces.iter().any(|known| beginning.as_str().starts_with(known.as_str()))
-        {
-            namespaces.push(beginning);
+    let beginnings = table.keys.iter().filter_map(|template| match template.value.parts().first() {
+        Some(Part::Literal(beginning)) => CacheKey::new(beginning.as_str()).ok(),
+        _ => None,
+    });
+    let of_expand = table.expand.iter().flat_map(|expand| expand.namespaces.iter().cloned());
+    for namespace in beginnings.chain(of_expand) {
+        if !namespaces.iter().any(|known| namespace.as_str().starts_with(known.as_str())) {
+            namespaces.push(namespace);
         }
     }
     namespaces
+}
+
+#[cfg(test)]
+mod tests {
+    use rules::Rules;
+
+    #[test]
+    fn whatever_the_rules_can_name_lies_in_a_namespace() {
+        let rules = r#"
+            [[table]]
+            name = "users"
+            keys = ["user:{id}:profile", "user:{id}", "mail:{email}"]
+            on_truncate = ["user:"]
+            [[table.expand]]
+            sql = "select 'order:' || 1 where 1 = any($1)"
+            namespaces = ["order:", "mail:x"]
+        "#;
+        let rules = Rules::parse("rules.toml", rules).unwrap();
+        let namespaces = super::namespaces(&rules.tables()[0]);
+        let namespaces: Vec<&str> = namespaces.iter().map(event::CacheKey::as_str).collect();
+        assert_eq!(namespaces, ["user:", "mail:", "order:"]);
+    }
 }

@@ -89,7 +89,14 @@ fn stream_start(xid: u32) -> Vec<u8> {
 
 fn assembler() -> Assembler {
     let rules = "[[table]]\nname = \"users\"\nkeys = [\"user:{id}\"]\non_truncate = [\"user:\"]";
-    Assembler::new(Arc::new(Rules::parse("rules.toml", rules).unwrap()), HashMap::new())
+    Assembler::new(Arc::new(Rules::parse("rules.toml", rules).unwrap()), HashMap::new(), Vec::new())
+}
+
+/// Gives the primary keys of the rows to `expand` as well.
+fn expanding() -> Assembler {
+    let rules = "[[table]]\nname = \"users\"\non_truncate = \"ignore\"\n[[table.expand]]\nsql = \"select 'x' where 1 = any($1)\"";
+    let rules = Arc::new(Rules::parse("rules.toml", rules).unwrap());
+    Assembler::new(rules, HashMap::new(), vec![Some("id".to_owned())])
 }
 
 /// Everything that comes out, part by part.
@@ -188,6 +195,37 @@ fn streamed_transactions_interleave_and_lose_what_their_subtransactions_took_bac
     assert_eq!(keys(&pieces), ["user:1", "user:3", "user:6"]);
     assert_eq!(assembler.held_bytes(), 0);
     assert!(feed(&mut assembler, &[stream_commit(20)]).unwrap().iter().all(Piece::is_empty));
+}
+
+#[test]
+fn primary_keys_that_expand_is_to_map_come_with_the_transaction_and_in_parts() {
+    let of = |pieces: &[Piece]| -> Vec<usize> {
+        let keys = |piece: &Piece| piece.primary_keys.iter().map(|(_, keys)| keys.len()).sum();
+        pieces.iter().map(keys).collect()
+    };
+    let mut messages = vec![begin(1), relation(None)];
+    messages.extend((0..2_500).map(|id| insert(None, id.min(2_399))));
+    messages.push(commit());
+    let pieces = feed(&mut expanding(), &messages).unwrap();
+    assert_eq!(
+        of(&pieces).iter().sum::<usize>(),
+        2_400,
+        "a row that is changed again in the same part counts once"
+    );
+    assert!(pieces.len() >= 3 && pieces.last().unwrap().is_last());
+    // Streamed, with a subtransaction that is taken back.
+    let taken_back = Bytes::of(b'A').u32(1).u32(2).0;
+    let mut messages = vec![stream_start(1), relation(Some(1))];
+    messages.extend((0..2_500).map(|id| insert(Some(1), id)));
+    messages.extend([insert(Some(2), 9_999), Bytes::of(b'E').0, taken_back, stream_commit(1)]);
+    let pieces = feed(&mut expanding(), &messages).unwrap();
+    assert_eq!(of(&pieces), [1_000, 1_000, 500]);
+    assert!(
+        pieces
+            .iter()
+            .flat_map(|piece| &piece.primary_keys)
+            .all(|(table, keys)| *table == 0 && !keys.contains(&"9999".to_owned()))
+    );
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Capture from the write-ahead log: no service enqueues anything here.
 
 mod basics;
+mod expand;
 mod faults;
 mod gaps;
 mod gate;

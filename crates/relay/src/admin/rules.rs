@@ -66,7 +66,8 @@ pub(super) async fn execute(pool: &PgPool, command: RulesCommand, config: &Confi
     let facts = catalog::check(&mut connection, &rules).await?;
     match command {
         RulesCommand::Check { wal: true } => {
-            catalog::check_identity(&mut connection, &rules, &facts).await?;
+            drop(connection);
+            crate::capture::check_rules(pool, &rules).await?;
             println!("{} tables fit the database and its replica identities", facts.len());
             Ok(())
         }

@@ -53,14 +53,19 @@ pub(super) fn of_piece(piece: Piece, xid: u64) -> Events {
 
 /// Every key that begins with one of `namespaces` is stale, whatever transaction it was that is missing.
 pub(super) fn of_gap(topic: Topic, namespaces: Vec<CacheKey>) -> Claimed {
-    let event = CommittedEvent {
-        id: EventId::generate(),
-        keys: namespaces,
-        change: Change::Namespace,
-        xids: Vec::new(),
-        at_us: chrono::Utc::now().timestamp_micros(),
-        traceparent: None,
-    };
+    let at_us = chrono::Utc::now().timestamp_micros();
+    of_several(topic, namespaces, Change::Namespace, Vec::new(), at_us)
+}
+
+/// What several transactions together invalidate.
+pub(super) fn of_several(
+    topic: Topic,
+    keys: Vec<CacheKey>,
+    change: Change,
+    xids: Vec<u64>,
+    at_us: i64,
+) -> Claimed {
+    let event = CommittedEvent { id: EventId::generate(), keys, change, xids, at_us, traceparent: None };
     Claimed { seq: 0, topic, event }
 }
 
@@ -109,6 +114,7 @@ mod tests {
             commit: Commit { xid: 7, commit_lsn: Lsn(500), committed_at_us: 1_700_000_000_000_000 },
             end_lsn: Some(Lsn(600)),
             topics: vec![(Topic::default(), TopicChanges { keys, namespaces: Vec::new() })],
+            primary_keys: Vec::new(),
             events: logged.iter().map(|text| text.as_bytes().into()).collect(),
             unknown: Vec::new(),
         }

@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use outbox::capture::{self as recorded, Position};
 use rules::Rules;
-use rules::catalog::{self, CatalogError};
+use rules::catalog::{self, CatalogError, ExpandError, Expander};
 use sqlx::PgPool;
 use wal::publication::{self, PublicationError};
 use wal::session::{ChangeStream, Identity, Session, SessionError, StreamOptions};
@@ -31,10 +31,11 @@ pub enum OpenError {
     #[error("Postgres failed")]
     Database(#[from] sqlx::Error),
     #[error(
-        "{file}:{line}: table {table}: expand is SQL, which is not run for what the write-ahead log says; capture this \
-         table by triggers (`relay rules apply`) and leave it out of this file"
+        "{file}:{line}: table {table}: expand names no namespaces, so that there is nothing to invalidate when the log does not \
+         say what changed; add the beginnings of its keys, such as namespaces = [\"order:\"], or capture this table by \
+         triggers"
     )]
-    Expand { file: String, line: usize, table: String },
+    NoNamespaces { file: String, line: usize, table: String },
     #[error(
         "{file}:{line}: table {table}: the key begins with a column, so that there is no namespace to invalidate when the log \
          does not say what changed; begin it with a literal, such as \"user:\", or capture this table by triggers"
@@ -42,6 +43,8 @@ pub enum OpenError {
     NoBeginning { file: String, line: usize, table: String },
     #[error(transparent)]
     Rules(#[from] CatalogError),
+    #[error(transparent)]
+    Expand(#[from] ExpandError),
     #[error("this server is a standby; WAL capture reads from the primary")]
     Standby,
     #[error(transparent)]
@@ -54,6 +57,8 @@ pub(super) struct Opened {
     pub(super) stream: ChangeStream,
     /// Object ids of the tables of the rules.
     pub(super) tables: HashMap<u32, usize>,
+    /// What runs `expand`, in the order of the rules.
+    pub(super) expanders: Vec<Option<Expander>>,
 }
 
 /// What can be known to be wrong before anything runs: better an error now than a relay that is never ready.
@@ -68,16 +73,6 @@ pub async fn preflight(pool: &PgPool, config: &CaptureConfig, rules: &Rules) -> 
     if facts.wal_level != "logical" {
         return Err(SlotError::WalLevel(facts.wal_level).into());
     }
-    if let Some(table) = rules.tables().iter().find(|table| !table.expand.is_empty()) {
-        let (file, line, table) = (rules.file().to_owned(), table.expand[0].line, table.qualified_name());
-        return Err(OpenError::Expand { file, line, table });
-    }
-    for table in rules.tables() {
-        if let Some(template) = table.keys.iter().find(|template| !template.value.begins_literally()) {
-            let (file, line, table) = (rules.file().to_owned(), template.line, table.qualified_name());
-            return Err(OpenError::NoBeginning { file, line, table });
-        }
-    }
     check_rules(pool, rules).await?;
     publication::ensure(pool, &config.publication, rules).await?;
     Ok(())
@@ -86,11 +81,28 @@ pub async fn preflight(pool: &PgPool, config: &CaptureConfig, rules: &Rules) -> 
 /// Whether the rules fit the database, and the log holds what they need.
 ///
 /// # Errors
-/// [`CatalogError`].
-pub async fn check_rules(pool: &PgPool, rules: &Rules) -> Result<(), CatalogError> {
-    let mut connection = pool.acquire().await?;
-    let facts = catalog::check(&mut connection, rules).await?;
-    catalog::check_identity(&mut connection, rules, &facts).await
+/// [`OpenError`].
+pub async fn check_rules(pool: &PgPool, rules: &Rules) -> Result<(), OpenError> {
+    for table in rules.tables() {
+        let place = |line| (rules.file().to_owned(), line, table.qualified_name());
+        if let Some(template) = table.keys.iter().find(|template| !template.value.begins_literally()) {
+            let (file, line, table) = place(template.line);
+            return Err(OpenError::NoBeginning { file, line, table });
+        }
+        if let Some(expand) = table.expand.iter().find(|expand| expand.namespaces.is_empty()) {
+            let (file, line, table) = place(expand.sql.line);
+            return Err(OpenError::NoNamespaces { file, line, table });
+        }
+    }
+    {
+        let mut connection = pool.acquire().await?;
+        let facts = catalog::check(&mut connection, rules).await?;
+        catalog::check_identity(&mut connection, rules, &facts).await?;
+    }
+    for expander in catalog::expanders(pool, rules).await?.iter().flatten() {
+        expander.rehearse(pool).await?;
+    }
+    Ok(())
 }
 
 /// Makes publication and slot ready, makes sure that nothing is missing since the log was last read, and begins.
@@ -112,6 +124,7 @@ pub(super) async fn open(capture: &Capture, streaming: bool) -> Result<Opened, O
     }
     // Before the slot: what is decoded is looked up in the catalog as it was at that point of the log.
     let tables = publication::ensure(pool, &config.publication, &capture.rules).await?;
+    let expanders = catalog::expanders(pool, &capture.rules).await?;
     let mut session = Session::open(&capture.settings, WAL_SENDER_TIMEOUT, CONNECT_PATIENCE).await?;
     let identity = in_time(session.identify()).await?;
     let before = match known {
@@ -126,7 +139,7 @@ pub(super) async fn open(capture: &Capture, streaming: bool) -> Result<Opened, O
         streaming,
     };
     let stream = in_time(session.start(&options)).await?;
-    Ok(Opened { stream, tables })
+    Ok(Opened { stream, tables, expanders })
 }
 
 /// The replication connection may go silent at any moment, and nothing else would notice.

@@ -10,6 +10,7 @@ use metrics::{counter, gauge, histogram};
 use outbox::capture::{self as recorded, Settlement};
 use outbox::retention::Published;
 use outbox::{Claimed, Poison};
+use rules::catalog::{ExpandError, Expander};
 use service::{Backoff, Component, failpoint};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::timeout;
@@ -18,6 +19,7 @@ use wal::{Ledger, Lsn, Piece, Snapshot, Ticket};
 
 use super::Capture;
 use super::events::{self, Events};
+use super::expand::{self, Questions};
 use super::reader::{Item, position};
 use crate::metrics as names;
 use crate::packing::{Limits, pack};
@@ -45,7 +47,7 @@ const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
 
 /// How long Postgres may take to tell what is visible, or to settle. What is published by then is read again.
-const DATABASE_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const DATABASE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Why the pump stopped.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +56,8 @@ pub(super) enum PumpError {
     Snapshot(#[source] sqlx::Error),
     #[error("cannot settle what was published")]
     Settle(#[source] sqlx::Error),
+    #[error(transparent)]
+    Expand(#[from] ExpandError),
     #[error("Postgres did not answer within {DATABASE_TIMEOUT:?}")]
     Silent,
 }
@@ -78,12 +82,13 @@ struct Acknowledged {
     events: usize,
 }
 
-type Publishing = Pin<Box<dyn Future<Output = Acknowledged> + Send>>;
+type Publishing = Pin<Box<dyn Future<Output = Result<Acknowledged, PumpError>> + Send>>;
 type Settling = Pin<Box<dyn Future<Output = Result<Lsn, PumpError>> + Send>>;
 
 /// The pump of one session.
 pub(super) struct Pump {
     capture: Arc<Capture>,
+    expanders: Arc<Vec<Option<Expander>>>,
     confirmer: Confirmer,
     health: Component,
     ledger: Ledger,
@@ -97,9 +102,15 @@ pub(super) struct Pump {
 }
 
 impl Pump {
-    pub(super) fn new(capture: Arc<Capture>, confirmer: Confirmer, health: Component) -> Self {
+    pub(super) fn new(
+        capture: Arc<Capture>,
+        expanders: Vec<Option<Expander>>,
+        confirmer: Confirmer,
+        health: Component,
+    ) -> Self {
         Self {
             capture,
+            expanders: Arc::new(expanders),
             confirmer,
             health,
             ledger: Ledger::default(),
@@ -121,7 +132,7 @@ impl Pump {
             tokio::select! {
                 biased;
                 Some(acknowledged) = self.publishing.next(), if !self.publishing.is_empty() => {
-                    self.acknowledged.push(acknowledged);
+                    self.acknowledged.push(acknowledged?);
                     failpoint::hit("relay.wal_after_publish").await;
                 }
                 settled = wait_for(&mut self.settling), if self.settling.is_some() => {
@@ -196,7 +207,8 @@ impl Pump {
         }
         self.waiting = still_waiting;
         if !batch.tickets.is_empty() {
-            self.publishing.push(Box::pin(publish(Arc::clone(&self.capture.shared), batch)));
+            let (capture, expanders) = (Arc::clone(&self.capture), Arc::clone(&self.expanders));
+            self.publishing.push(Box::pin(publish(capture, expanders, batch)));
         }
         Ok(())
     }
@@ -257,12 +269,14 @@ struct Batch {
     permits: Vec<OwnedSemaphorePermit>,
     events: Vec<Claimed>,
     poison: Vec<Poison>,
+    questions: Questions,
 }
 
 impl Batch {
-    fn add(&mut self, waiting: Waiting, xid: u64) {
+    fn add(&mut self, mut waiting: Waiting, xid: u64) {
         histogram!(names::CAPTURE_KEYS)
             .record(f64::from(u32::try_from(waiting.piece.key_count()).unwrap_or(u32::MAX)));
+        self.questions.add(&mut waiting.piece, xid);
         let Events { events, poison } = events::of_piece(waiting.piece, xid);
         self.events.extend(events);
         self.poison.extend(poison);
@@ -271,9 +285,15 @@ impl Batch {
     }
 }
 
-async fn publish(shared: Arc<Shared>, batch: Batch) -> Acknowledged {
-    let Batch { tickets, permits, events, mut poison } = batch;
-    let (stream, published) = publish_surely(&shared, &events, &mut poison).await;
+async fn publish(
+    capture: Arc<Capture>,
+    expanders: Arc<Vec<Option<Expander>>>,
+    batch: Batch,
+) -> Result<Acknowledged, PumpError> {
+    let Batch { tickets, permits, mut events, mut poison, questions } = batch;
+    // They are visible, so a new snapshot of the tables that it reads has them.
+    events.extend(expand::answer(&capture, &expanders, questions).await?);
+    let (stream, published) = publish_surely(&capture.shared, &events, &mut poison).await;
     for dead in &poison {
         tracing::error!(event_id = %dead.event_id(), reason = %dead.reason, "event set aside as a dead letter");
     }
@@ -282,7 +302,7 @@ async fn publish(shared: Arc<Shared>, batch: Batch) -> Acknowledged {
     if let Some(oldest) = events.iter().map(|claimed| claimed.event.at_us).min() {
         histogram!(names::ENQUEUE_TO_PUBLISH).record(crate::worker::seconds_since(oldest));
     }
-    Acknowledged { tickets, permits, stream, published, poison, events: events.len() }
+    Ok(Acknowledged { tickets, permits, stream, published, poison, events: events.len() })
 }
 
 /// Publishes until it succeeds: whatever keeps the broker from taking an event is not the event's fault. Returns the

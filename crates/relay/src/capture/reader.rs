@@ -1,8 +1,6 @@
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use metrics::{counter, gauge};
-use rules::Rules;
 use service::Shutdown;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use wal::session::{ChangeStream, Frame, SessionError};
@@ -76,12 +74,10 @@ impl Sender {
 /// Reads until shutdown is requested or the stream ends.
 pub(super) async fn read(
     mut stream: ChangeStream,
-    rules: Arc<Rules>,
-    tables: HashMap<u32, usize>,
+    mut assembler: Assembler,
     sender: Sender,
     shutdown: &Shutdown,
 ) -> Result<ReadEnd, ReadError> {
-    let mut assembler = Assembler::new(rules, tables);
     let mut uncounted = 0;
     let requested = shutdown.requested();
     tokio::pin!(requested);

@@ -41,7 +41,7 @@ impl Judge<'_> {
         let of_expand = table
             .expand
             .iter()
-            .flat_map(|expand| facts.primary_key.iter().map(move |name| (name.as_str(), expand.line)));
+            .flat_map(|expand| facts.primary_key.iter().map(move |name| (name.as_str(), expand.sql.line)));
         let mut seen = BTreeSet::new();
         for (name, line) in of_keys.chain(of_condition).chain(of_expand) {
             if !seen.insert(name) {

@@ -8,6 +8,7 @@ use super::expression::{comparable, condition, key, may_be_refused, text_of};
 use super::{PREFIX, dollar_quoted, identifier, literal};
 use crate::PINNED_SETTINGS;
 use crate::catalog::Facts;
+use crate::catalog::expand::search_path;
 use crate::table::TableRules;
 
 /// Most keys in one event: a statement that changes 100,000 rows enqueues about 100.
@@ -96,7 +97,7 @@ pub fn functions(table: &TableRules, facts: &Facts) -> Vec<Function> {
     let mut expands = Vec::new();
     if let Some(column) = facts.single_key() {
         for (nth, expand) in table.expand.iter().enumerate() {
-            let function = generator.expand(nth + 1, &column.type_name, &expand.value);
+            let function = generator.expand(nth + 1, &column.type_name, &expand.sql.value);
             expands.push(function.name.clone());
             functions.push(function);
         }
@@ -149,9 +150,9 @@ impl Generator<'_> {
     /// A function for the user's SQL, so that `$1` is the array of keys.
     fn expand(&self, nth: usize, key_type: &str, sql: &str) -> Function {
         let head = format!(
-            "returns setof text language sql stable set search_path = pg_catalog, {}, pg_temp \
+            "returns setof text language sql stable set search_path = {} \
              set standard_conforming_strings = on",
-            identifier(&self.table.schema)
+            search_path(&self.table.schema)
         );
         self.function(&format!("expand_{nth}"), format!("{key_type}[]"), &head, sql, None)
     }

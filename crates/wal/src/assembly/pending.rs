@@ -14,6 +14,8 @@ const FULL_AT_BYTES: usize = 512 * 1024;
 #[derive(Debug, Default)]
 pub(super) struct Pending {
     pub(super) topics: Vec<(Topic, Collected)>,
+    /// Primary keys that `expand` is to map, by the index of the table in the rules.
+    pub(super) primary_keys: Vec<(usize, KeySet)>,
     /// Events that were enqueued without a table, as they were written.
     pub(super) events: Vec<Box<[u8]>>,
     event_bytes: usize,
@@ -30,9 +32,26 @@ pub(super) struct Collected {
 
 impl Pending {
     pub(super) fn add_keys(&mut self, topic: &Topic, keys: &[CacheKey]) {
+        if keys.is_empty() {
+            return;
+        }
         let collected = self.topic(topic);
         for key in keys {
             collected.keys.insert(key.as_str());
+        }
+    }
+
+    pub(super) fn add_primary_keys(&mut self, table: usize, primary_keys: &[String]) {
+        if primary_keys.is_empty() {
+            return;
+        }
+        let known = self.primary_keys.iter().position(|(known, _)| *known == table);
+        let index = known.unwrap_or_else(|| {
+            self.primary_keys.push((table, KeySet::default()));
+            self.primary_keys.len() - 1
+        });
+        for primary_key in primary_keys {
+            self.primary_keys[index].1.insert(primary_key);
         }
     }
 
@@ -70,8 +89,9 @@ impl Pending {
     }
 
     pub(super) fn is_full(&self) -> bool {
-        self.event_bytes > FULL_AT_BYTES
-            || self.topics.iter().map(|(_, collected)| collected.keys.len()).sum::<usize>() >= FULL_AT_KEYS
+        let keys: usize = self.topics.iter().map(|(_, collected)| collected.keys.len()).sum();
+        let primary_keys: usize = self.primary_keys.iter().map(|(_, keys)| keys.len()).sum();
+        self.event_bytes > FULL_AT_BYTES || keys + primary_keys >= FULL_AT_KEYS
     }
 
     pub(super) fn has_events(&self) -> bool {
@@ -82,7 +102,11 @@ impl Pending {
     pub(super) fn bytes(&self) -> usize {
         let of_topic =
             |(_, collected): &(Topic, Collected)| collected.keys.bytes() + collected.namespaces.len() * 64;
-        let own = size_of::<Self>() + self.topics.capacity() * size_of::<(Topic, Collected)>();
-        own + self.event_bytes + self.events.len() * 16 + self.topics.iter().map(of_topic).sum::<usize>()
+        let own = size_of::<Self>()
+            + self.topics.capacity() * size_of::<(Topic, Collected)>()
+            + self.primary_keys.capacity() * size_of::<(usize, KeySet)>();
+        let primary_keys: usize = self.primary_keys.iter().map(|(_, keys)| keys.bytes()).sum();
+        let topics: usize = self.topics.iter().map(of_topic).sum();
+        own + self.event_bytes + self.events.len() * 16 + topics + primary_keys
     }
 }

@@ -2,6 +2,8 @@ use event::{CacheKey, Topic};
 use pgwire_replication::Lsn;
 use rules::MissingValue;
 
+use crate::key_set::KeySet;
+
 use super::pending::{Collected, Pending};
 
 /// Most keys in a part of a transaction.
@@ -39,6 +41,8 @@ pub struct Piece {
     pub end_lsn: Option<Lsn>,
     /// What it invalidates.
     pub topics: Vec<(Topic, TopicChanges)>,
+    /// Primary keys that `expand` is to map, by the index of the table in the rules.
+    pub primary_keys: Vec<(usize, Vec<String>)>,
     /// Events that were enqueued without a table, as they were written.
     pub events: Vec<Box<[u8]>>,
     /// Changes of which the log does not hold what their keys are made of; namespaces stand for them.
@@ -63,7 +67,7 @@ impl Piece {
     /// Whether it invalidates nothing.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.topics.is_empty() && self.events.is_empty()
+        self.topics.is_empty() && self.primary_keys.is_empty() && self.events.is_empty()
     }
 
     /// Memory it takes, in bytes, about.
@@ -73,7 +77,10 @@ impl Piece {
         let of_keys = |keys: &[CacheKey]| keys.iter().map(|key| key.as_str().len() + PER_KEY).sum::<usize>();
         let topics =
             self.topics.iter().map(|(_, changes)| of_keys(&changes.keys) + of_keys(&changes.namespaces));
-        size_of::<Self>() + topics.sum::<usize>() + self.events.iter().map(|event| event.len()).sum::<usize>()
+        let primary_keys =
+            self.primary_keys.iter().flat_map(|(_, keys)| keys.iter().map(|key| key.len() + PER_KEY));
+        let events = self.events.iter().map(|event| event.len());
+        size_of::<Self>() + topics.sum::<usize>() + primary_keys.sum::<usize>() + events.sum::<usize>()
     }
 
     /// How many keys it names, those in events aside.
@@ -88,6 +95,7 @@ pub(super) struct Draining {
     commit: Commit,
     end_lsn: Lsn,
     topics: Vec<(Topic, Keys, Vec<CacheKey>)>,
+    primary_keys: Vec<(usize, Keys)>,
     events: std::iter::Peekable<std::vec::IntoIter<Box<[u8]>>>,
     unknown: Vec<MissingValue>,
     piece_keys: usize,
@@ -95,6 +103,11 @@ pub(super) struct Draining {
 }
 
 type Keys = std::iter::Peekable<Box<dyn Iterator<Item = String> + Send>>;
+
+fn given_back(keys: KeySet) -> Keys {
+    let keys: Box<dyn Iterator<Item = String> + Send> = Box::new(keys.into_keys());
+    keys.peekable()
+}
 
 impl std::fmt::Debug for Draining {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -109,17 +122,20 @@ impl Draining {
             commit,
             end_lsn,
             topics: Vec::new(),
+            primary_keys: Vec::new(),
             events: Vec::new().into_iter().peekable(),
             unknown: Vec::new(),
             piece_keys: PIECE_KEYS,
             piece_event_bytes: PIECE_EVENT_BYTES,
         };
-        for Pending { topics, events, unknown, .. } in parts {
+        for Pending { topics, primary_keys, events, unknown, .. } in parts {
             all_events.extend(events);
+            draining
+                .primary_keys
+                .extend(primary_keys.into_iter().map(|(table, keys)| (table, given_back(keys))));
             draining.unknown.extend(unknown);
             for (topic, Collected { keys, namespaces }) in topics {
-                let keys: Box<dyn Iterator<Item = String> + Send> = Box::new(keys.into_keys());
-                draining.topics.push((topic, keys.peekable(), namespaces));
+                draining.topics.push((topic, given_back(keys), namespaces));
             }
         }
         draining.events = all_events.into_iter().peekable();
@@ -148,6 +164,18 @@ impl Draining {
             }
             self.topics.pop();
         }
+        let mut primary_keys: Vec<(usize, Vec<String>)> = Vec::new();
+        while room > 0
+            && let Some((table, keys)) = self.primary_keys.last_mut()
+        {
+            let taken: Vec<_> = keys.by_ref().take(room).collect();
+            room -= taken.len();
+            primary_keys.push((*table, taken));
+            if keys.peek().is_some() {
+                break;
+            }
+            self.primary_keys.pop();
+        }
         let mut events = Vec::new();
         let mut bytes = 0_usize;
         while let Some(event) = self.events.next_if(|event| {
@@ -156,11 +184,12 @@ impl Draining {
         }) {
             events.push(event);
         }
-        let is_last = self.topics.is_empty() && self.events.peek().is_none();
+        let is_last = self.topics.is_empty() && self.primary_keys.is_empty() && self.events.peek().is_none();
         Piece {
             commit: self.commit,
             end_lsn: is_last.then_some(self.end_lsn),
             topics,
+            primary_keys,
             events,
             unknown: std::mem::take(&mut self.unknown),
         }

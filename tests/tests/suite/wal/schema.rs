@@ -109,7 +109,7 @@ async fn a_replica_identity_that_is_taken_away_costs_the_namespace() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sql_in_the_rules_is_refused_rather_than_left_out() {
+async fn sql_in_the_rules_must_say_where_its_keys_lie() {
     let rules = r#"
         [[table]]
         name = "users"
@@ -118,7 +118,7 @@ async fn sql_in_the_rules_is_refused_rather_than_left_out() {
         sql = "select 'order:' || id from users where id = any($1)"
     "#;
     let log = refusal("create table users (id bigint primary key)", rules).await;
-    assert!(log.contains("rules.toml:6") && log.contains("triggers"), "{log}");
+    assert!(log.contains("rules.toml:6") && log.contains("namespaces = [\"order:\"]"), "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
