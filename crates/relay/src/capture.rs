@@ -25,6 +25,7 @@ use crate::config::CaptureConfig;
 use crate::metrics as names;
 use crate::worker::Shared;
 
+use gap::Gap;
 use opening::{OpenError, Opened};
 use pump::{Pump, PumpError};
 use reader::{ReadEnd, ReadError};
@@ -77,6 +78,7 @@ pub async fn run(capture: Arc<Capture>, health: Component, shutdown: Shutdown) {
     let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
     let mut standby = Backoff::new(STANDBY_INTERVAL, STANDBY_INTERVAL);
     let mut streaming = true;
+    let mut halted = None;
     while !shutdown.is_requested() {
         gauge!(names::CAPTURE_ACTIVE).set(0.0);
         let pause = match read_on(&capture, streaming, &health, &shutdown).await {
@@ -89,11 +91,7 @@ pub async fn run(capture: Arc<Capture>, health: Component, shutdown: Shutdown) {
                 standby.next_delay()
             }
             Err(CaptureError::Open(OpenError::Gap(gap))) => {
-                tracing::error!(
-                    slot = capture.config.slot,
-                    "{gap}; the write-ahead log is not read: decide with RELAY_GAP_POLICY=flush or \
-                     `relay slot accept-gap`"
-                );
+                report_halt(&capture, &gap, &mut halted);
                 health
                     .not_ready(format!("{gap}; the write-ahead log is not read (RELAY_GAP_POLICY is halt)"));
                 HALT_INTERVAL
@@ -101,9 +99,11 @@ pub async fn run(capture: Arc<Capture>, health: Component, shutdown: Shutdown) {
             Err(CaptureError::Read(ReadError::NotBeforeCommit(reason))) => {
                 tracing::warn!("{reason}; reading transactions after their commit from here on");
                 streaming = false;
+                halted = None;
                 continue;
             }
             Err(error) => {
+                halted = None;
                 counter!(names::CAPTURE_RECONNECTS).increment(1);
                 let error = service::one_line(&error);
                 tracing::warn!(error, "the write-ahead log is not read; trying again");
@@ -116,6 +116,19 @@ pub async fn run(capture: Arc<Capture>, health: Component, shutdown: Shutdown) {
             () = shutdown.requested() => {}
         }
     }
+}
+
+/// Counts and logs a gap that nobody has decided about: once, however often it is looked at.
+fn report_halt(capture: &Capture, gap: &Gap, halted: &mut Option<Gap>) {
+    if halted.as_ref() == Some(gap) {
+        return;
+    }
+    counter!(names::CAPTURE_GAPS, "policy" => capture.config.gap_policy.as_str()).increment(1);
+    tracing::error!(
+        slot = capture.config.slot,
+        "{gap}; the write-ahead log is not read: decide with RELAY_GAP_POLICY=flush or `relay slot accept-gap`"
+    );
+    *halted = Some(gap.clone());
 }
 
 /// Reads the log for as long as it goes well. `Ok` only after a shutdown was requested.

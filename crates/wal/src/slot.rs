@@ -135,9 +135,11 @@ pub async fn find(pool: &PgPool, name: &str) -> Result<Option<SlotState>, sqlx::
     let row = sqlx::query(
         "select plugin::text, coalesce(database::text, ''), active_pid, coalesce(wal_status, 'reserved'),
                 coalesce(confirmed_flush_lsn, '0/0')::text,
-                pg_wal_lsn_diff(pg_current_wal_lsn(), coalesce(confirmed_flush_lsn, restart_lsn))::bigint,
-                pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint, safe_wal_size
-         from pg_replication_slots where slot_name = $1",
+                pg_wal_lsn_diff(written, coalesce(confirmed_flush_lsn, restart_lsn))::bigint,
+                pg_wal_lsn_diff(written, restart_lsn)::bigint, safe_wal_size
+         from pg_replication_slots, lateral (select case when pg_is_in_recovery() then pg_last_wal_replay_lsn()
+                                             else pg_current_wal_lsn() end written) here
+         where slot_name = $1",
     )
     .persistent(false)
     .bind(name)

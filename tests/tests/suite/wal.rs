@@ -1,6 +1,9 @@
 //! Capture from the write-ahead log: no service enqueues anything here.
 
+mod alarm;
 mod basics;
+mod commands;
+mod doctor;
 mod expand;
 mod faults;
 mod gaps;
@@ -10,9 +13,11 @@ mod outbox;
 mod schema;
 mod transactions;
 
-use devstack::{StackOptions, eventually};
+use std::process::Command;
+
+use devstack::{PostgresOptions, StackOptions, eventually};
 use sqlx::AssertSqlSafe;
-use tests::{Pair, PairOptions, SETTLED};
+use tests::{Pair, PairOptions, SETTLED, program};
 
 /// A table of a thousand users, and its rules, for the tests that need no other.
 pub const USERS: &str = "create table users (id bigint primary key, name text);
@@ -74,4 +79,66 @@ pub async fn until_read(pair: &Pair) -> String {
         if pid.is_empty() { Err("nobody reads the slot".to_owned()) } else { Ok(pid) }
     })
     .await
+}
+
+/// A stack whose Postgres gives a slot up after a megabyte of log.
+pub fn with_little_log() -> StackOptions {
+    let settings = [("max_slot_wal_keep_size", "1MB"), ("wal_keep_size", "0"), ("max_wal_size", "32MB")]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let postgres = PostgresOptions { settings: settings.to_vec(), ..Default::default() };
+    StackOptions { postgres, ..Default::default() }
+}
+
+/// Waits until nobody reads the slot: a server process notices a moment later that its reader has died.
+pub async fn until_unread(pair: &Pair) {
+    eventually(SETTLED, async || slot(pair, "active").await == "false").await;
+}
+
+/// Writes so much log that Postgres of [`with_little_log`] gives up the slot, which nobody reads.
+pub async fn lose_slot(pair: &Pair) {
+    for _ in 0..4 {
+        write_log(pair, 20).await;
+        sql(pair, "select pg_switch_wal()").await;
+        sql(pair, "checkpoint").await;
+    }
+    assert_eq!(slot(pair, "wal_status").await, "lost");
+}
+
+/// Writes this much log, in megabytes, that has nothing to do with the rules.
+pub async fn write_log(pair: &Pair, megabytes: u32) {
+    let rows = megabytes * 1000;
+    sql(
+        pair,
+        &format!(
+            "create table filler as select repeat('x', 1000) from generate_series(1, {rows}); drop table filler"
+        ),
+    )
+    .await;
+}
+
+/// Runs a command of the relay with the environment of the pair's relay and more; says whether it succeeded, and what it
+/// printed.
+pub async fn relay(pair: &Pair, arguments: &[&str], more: &[(&str, &str)]) -> (bool, String) {
+    let mut command = Command::new(program("relay").unwrap());
+    command
+        .env("DATABASE_URL", pair.stack.postgres_url())
+        .env("NATS_URL", pair.stack.nats_url())
+        .env("RELAY_SOURCE", "wal")
+        .env("RELAY_RULES", pair.stack.directory().path().join("rules.toml"))
+        .env("NO_COLOR", "1")
+        .envs(more.iter().copied())
+        .args(arguments);
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    let text =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    (output.status.success(), text)
+}
+
+/// Waits until the relay is not ready for a reason that contains `text`.
+#[track_caller]
+pub fn until_not_ready_because(pair: &Pair, text: &str) -> impl Future<Output = String> {
+    eventually(SETTLED, async move || {
+        let (status, body) = pair.relay.get("/readyz").await.map_err(|error| format!("{error:#}"))?;
+        if status == 503 && body.contains(text) { Ok(body) } else { Err(format!("{status} {body}")) }
+    })
 }

@@ -28,7 +28,7 @@ pub(super) async fn execute(pool: &PgPool, config: &Config, command: SlotCommand
     match command {
         SlotCommand::Show => println!("{}", describe(name, state.as_ref())),
         SlotCommand::AcceptGap => {
-            if state.is_some_and(|state| state.is_lost()) {
+            if state.as_ref().is_some_and(SlotState::is_lost) {
                 slot::discard(pool, name).await?;
             }
             capture::forget(pool, name).await?;
@@ -37,7 +37,9 @@ pub(super) async fn execute(pool: &PgPool, config: &Config, command: SlotCommand
         SlotCommand::Drop => {
             slot::discard(pool, name).await?;
             capture::forget(pool, name).await?;
-            println!("slot {name} is dropped");
+            let done =
+                if state.is_some() { "is dropped" } else { "does not exist, and its position is forgotten" };
+            println!("slot {name} {done}; a relay that runs with --source wal creates it again");
         }
     }
     Ok(())

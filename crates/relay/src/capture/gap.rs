@@ -57,7 +57,6 @@ pub(super) async fn close(
     identity: &Identity,
 ) -> Result<(), OpenError> {
     let policy = capture.config.gap_policy;
-    counter!(names::CAPTURE_GAPS, "policy" => policy.as_str()).increment(1);
     if policy == GapPolicy::Halt {
         return Err(gap.into());
     }
@@ -75,6 +74,7 @@ pub(super) async fn close(
     // is recorded the gap is found again.
     flush(capture).await;
     recorded::begin(pool, name, &position(identity, begins_at)).await?;
+    counter!(names::CAPTURE_GAPS, "policy" => policy.as_str()).increment(1);
     tracing::warn!(slot = name, "{gap}; every key that the rules can name was declared stale");
     Ok(())
 }

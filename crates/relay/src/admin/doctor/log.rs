@@ -1,5 +1,6 @@
 //! The write-ahead log: server, slot, publication.
 
+use outbox::capture::{self as recorded, Position};
 use rules::Rules;
 use sqlx::PgPool;
 use wal::publication;
@@ -18,7 +19,8 @@ pub(super) async fn judge(pool: &PgPool, config: &Config) -> anyhow::Result<Vec<
     }
     let facts = slot::server_facts(pool).await?;
     let mut findings = judge_server(&facts, state.is_some());
-    findings.push(judge_slot(config, state.as_ref()));
+    let recorded = recorded::position(pool, &config.capture.slot).await?;
+    findings.push(judge_slot(config, state.as_ref(), recorded.as_ref()));
     findings.extend(judge_rules(pool, config).await?);
     Ok(findings)
 }
@@ -71,8 +73,8 @@ fn judge_server(facts: &ServerFacts, slot_exists: bool) -> Vec<Finding> {
                 "max_slot_wal_keep_size is not set: a slot that nobody reads fills the disk".to_owned(),
                 |limit| format!("max_slot_wal_keep_size = {limit} MB"),
             ),
-            true,
-            "",
+            facts.keep_limit_mb.is_some(),
+            "set max_slot_wal_keep_size to what the disk can spare: then a slot nobody reads is lost rather than the server",
         ),
         finding(
             "primary",
@@ -83,25 +85,41 @@ fn judge_server(facts: &ServerFacts, slot_exists: bool) -> Vec<Finding> {
     ]
 }
 
-fn judge_slot(config: &Config, state: Option<&SlotState>) -> Finding {
+fn judge_slot(config: &Config, state: Option<&SlotState>, recorded: Option<&Position>) -> Finding {
     let fact = describe(&config.capture.slot, state);
-    let remedy = match state {
-        None => Some(
-            "start a relay with --source wal; if one has run before, changes are missing: see RELAY_GAP_POLICY",
-        ),
-        Some(state) if state.is_lost() => Some(
+    let remedies: Vec<&str> = match (state, recorded) {
+        (None, None) => vec!["start a relay with --source wal: it creates the slot"],
+        (None, Some(_)) => vec![
+            "changes are missing: it was dropped, or Postgres failed over without it; RELAY_GAP_POLICY=flush, or flush \
+             the cache and `relay slot accept-gap`",
+        ],
+        (Some(state), _) if state.is_lost() => vec![
             "Postgres removed log that was not read; RELAY_GAP_POLICY=flush, or flush the cache and `relay slot accept-gap`",
-        ),
-        Some(state) if state.wal_status == "unreserved" => {
-            Some("it is about to be lost; see why the relay lags, raise max_slot_wal_keep_size")
-        }
-        Some(state) if state.active_pid.is_none() => Some("no relay reads it; see the log of the relay"),
-        Some(state) if u64::try_from(state.lag_bytes).unwrap_or(0) > config.capture.slot_lag_limit => Some(
-            "further behind than RELAY_SLOT_LAG_LIMIT; is NATS reachable, is a huge transaction being decoded?",
-        ),
-        Some(_) => None,
+        ],
+        (Some(state), Some(recorded)) if state.confirmed.0 > recorded.confirmed => vec![
+            "it is ahead of what was published: created again, or read by somebody else; RELAY_GAP_POLICY=flush, or flush \
+             the cache and `relay slot accept-gap`",
+        ],
+        (Some(state), _) => judge_lag(config, state),
     };
-    Finding { subject: "slot", fact, remedy: remedy.map(str::to_owned) }
+    let remedy = (!remedies.is_empty()).then(|| remedies.join("; "));
+    Finding { subject: "slot", fact, remedy }
+}
+
+fn judge_lag(config: &Config, state: &SlotState) -> Vec<&'static str> {
+    let mut remedies = Vec::new();
+    if state.wal_status == "unreserved" {
+        remedies.push("it is about to be lost: see why the relay lags, raise max_slot_wal_keep_size");
+    }
+    if state.active_pid.is_none() {
+        remedies.push("no relay reads it: see the log of the relay");
+    }
+    if u64::try_from(state.lag_bytes).unwrap_or(0) > config.capture.slot_lag_limit {
+        remedies.push(
+            "further behind than RELAY_SLOT_LAG_LIMIT: is NATS reachable, is a huge transaction being decoded?",
+        );
+    }
+    remedies
 }
 
 async fn judge_rules(pool: &PgPool, config: &Config) -> anyhow::Result<Vec<Finding>> {
