@@ -1,11 +1,12 @@
 //! A Postgres server.
 
+mod standby;
 mod template;
 mod wire;
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
@@ -57,6 +58,18 @@ impl Postgres {
     /// # Errors
     /// As [`start_alone`](Self::start_alone).
     pub async fn start_in(directory: &Arc<StackDirectory>, options: PostgresOptions) -> Result<Self> {
+        Self::launch(directory, options, async |binary, data, account| {
+            template::create_data(directory, binary, data.to_owned(), account).await
+        })
+        .await
+    }
+
+    /// Starts a server on what `fill` puts into its data directory.
+    async fn launch(
+        directory: &Arc<StackDirectory>,
+        options: PostgresOptions,
+        fill: impl AsyncFnOnce(&Path, &Path, Option<Account>) -> Result<()>,
+    ) -> Result<Self> {
         let binary = Binary::Postgres.find()?;
         let account = Account::instead_of_root()?;
         let port = Port::reserve()?;
@@ -66,7 +79,7 @@ impl Postgres {
             account.own(&home)?;
         }
         let data = home.join("data");
-        template::create_data(directory, &binary, data.clone(), account).await?;
+        fill(&binary, &data, account).await?;
 
         let mut configuration =
             std::fs::OpenOptions::new().append(true).open(data.join("postgresql.conf"))?;
@@ -157,7 +170,7 @@ impl Postgres {
 
     /// The directory of the server's unix socket.
     #[must_use]
-    pub fn socket_directory(&self) -> &std::path::Path {
+    pub fn socket_directory(&self) -> &Path {
         &self.socket_directory
     }
 
@@ -218,7 +231,7 @@ pub(crate) fn database_url(address: SocketAddr, database: &str) -> String {
 }
 
 /// The lines appended to `postgresql.conf`; of a setting given twice the last counts.
-fn settings(options: &PostgresOptions, port: &Port, socket_directory: &std::path::Path) -> String {
+fn settings(options: &PostgresOptions, port: &Port, socket_directory: &Path) -> String {
     let fixed = [
         ("listen_addresses", "127.0.0.1".to_owned()),
         ("port", port.number().to_string()),

@@ -5,6 +5,7 @@ mod basics;
 mod commands;
 mod doctor;
 mod expand;
+mod failover;
 mod faults;
 mod gaps;
 mod gate;
