@@ -9,6 +9,7 @@ mod failover;
 mod faults;
 mod gaps;
 mod gate;
+mod idle;
 mod large;
 mod outbox;
 mod schema;
