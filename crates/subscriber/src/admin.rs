@@ -11,7 +11,7 @@ use service::nats::Nats;
 use service::parse_duration;
 
 use crate::position::Position;
-use crate::replay::replay;
+use crate::replay::Replay;
 use crate::{Config, broker};
 
 /// An operator waits in front of the terminal: give up early.
@@ -52,7 +52,14 @@ pub async fn execute(command: Command, config: &Config) -> anyhow::Result<()> {
         Command::Run | Command::Health => unreachable!("handled before"),
         Command::Status => status(&redis, stream, config).await,
         Command::Replay { since } => {
-            let messages = replay(&stream, &redis, config, Some(Utc::now() - since)).await?;
+            let replay = Replay {
+                stream: &stream,
+                redis: &redis,
+                topic: config.topic.as_ref(),
+                max_payload: nats.client.server_info().max_payload,
+                progress: &|| {},
+            };
+            let messages = replay.run(Some(Utc::now() - since)).await?;
             println!("applied {messages} messages again");
             Ok(())
         }

@@ -19,7 +19,7 @@ use crate::broker::{self, BrokerError};
 use crate::config::GapPolicy;
 use crate::metrics as names;
 use crate::position::{Continuity, Position, Seen};
-use crate::replay::{ReplayError, replay};
+use crate::replay::{Replay, ReplayError, with_progress};
 
 /// How often Redis and the stream are looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -104,7 +104,7 @@ impl Supervisor {
         while !shutdown.is_requested() {
             let looked = tokio::select! {
                 () = shutdown.requested() => break,
-                looked = self.look(&mut memory) => looked,
+                looked = self.look(&mut memory, &health) => looked,
             };
             gauge!(names::NATS_CONNECTED).set(if self.nats.link().connected { 1.0 } else { 0.0 });
             let pause = match looked {
@@ -142,7 +142,7 @@ impl Supervisor {
 
     /// Looks at everything once. The order matters: no message is consumed before the stream is known to be whole, and
     /// no position is stored in a Redis that may have lost data.
-    async fn look(&self, memory: &mut Memory) -> Result<(), LookError> {
+    async fn look(&self, memory: &mut Memory, health: &Component) -> Result<(), LookError> {
         let instances = self.redis.instances().await?;
         gauge!(names::REDIS_UP).set(1.0);
         if memory.position.is_none() {
@@ -150,8 +150,8 @@ impl Supervisor {
         }
         let position = memory.position.clone().unwrap_or_default();
         let seen = self.look_at_stream(memory, &position).await?;
-        self.judge(memory, &position, seen).await?;
-        self.judge_redis(memory, instances, seen).await?;
+        self.judge(memory, &position, seen, health).await?;
+        self.judge_redis(memory, instances, seen, health).await?;
         self.advance(memory, seen).await?;
         if let Some((_, consumer)) = &memory.handles
             && self.consumer.borrow().is_none()
@@ -189,7 +189,13 @@ impl Supervisor {
     }
 
     /// Decides whether the workers may go on with this stream.
-    async fn judge(&self, memory: &mut Memory, position: &Position, seen: Seen) -> Result<(), LookError> {
+    async fn judge(
+        &self,
+        memory: &mut Memory,
+        position: &Position,
+        seen: Seen,
+        health: &Component,
+    ) -> Result<(), LookError> {
         let continuity = position.judge(seen);
         if continuity == Continuity::Whole {
             memory.doubt = None;
@@ -212,13 +218,13 @@ impl Supervisor {
                 what,
                 "the stream is not the one this cache knew; relays publish again what it lacks"
             ),
-            Some(false) => self.apply_gap_policy(&what).await?,
+            Some(false) => self.apply_gap_policy(&what, health).await?,
             None => {
                 let since = *memory.doubt.get_or_insert_with(Instant::now);
                 if since.elapsed() < self.config.gap_grace {
                     return Err(LookError::Doubt(what));
                 }
-                self.apply_gap_policy(&format!("{what}, and no relay answers")).await?;
+                self.apply_gap_policy(&format!("{what}, and no relay answers"), health).await?;
             }
         }
         memory.doubt = None;
@@ -262,18 +268,21 @@ impl Supervisor {
         Some(since <= position.acked_until_us.saturating_sub(CLOCK_MARGIN_US))
     }
 
-    async fn apply_gap_policy(&self, what: &str) -> Result<(), LookError> {
+    async fn apply_gap_policy(&self, what: &str, health: &Component) -> Result<(), LookError> {
         let policy = self.config.gap_policy;
         counter!(names::GAPS, "policy" => policy.as_str()).increment(1);
         tracing::error!(what, policy = policy.as_str(), "invalidations are missing from the stream for good");
         if policy == GapPolicy::Halt {
             return Err(Halt { what: what.to_owned() }.into());
         }
-        let deleted = if self.config.flush_everything {
-            self.redis.flush_all_keys().await?
-        } else {
-            self.redis.delete_matching(&self.config.flush_patterns).await?
+        let flush = async {
+            match self.config.flush_everything {
+                true => self.redis.flush_all_keys().await,
+                false => self.redis.delete_matching(&self.config.flush_patterns).await,
+            }
         };
+        // A large cache takes longer than a component may be silent.
+        let deleted = with_progress(|| health.beat(), flush).await?;
         tracing::error!(deleted, "flushed the keys that the gap policy names");
         Ok(())
     }
@@ -284,6 +293,7 @@ impl Supervisor {
         memory: &mut Memory,
         instances: BTreeSet<String>,
         seen: Seen,
+        health: &Component,
     ) -> Result<(), LookError> {
         let now = Utc::now();
         let position = memory.position.get_or_insert_default();
@@ -308,7 +318,14 @@ impl Supervisor {
             "Redis was restarted or replaced and may have old values; replaying the stream"
         );
         counter!(names::REPLAYS, "reason" => "redis").increment(1);
-        let messages = replay(stream, &self.redis, &self.config, since).await?;
+        let replay = Replay {
+            stream,
+            redis: &self.redis,
+            topic: self.config.topic.as_ref(),
+            max_payload: self.nats.client.server_info().max_payload,
+            progress: &|| health.beat(),
+        };
+        let messages = replay.run(since).await?;
         tracing::warn!(messages, "replayed the stream");
         position.instances = instances;
         memory.redis_unchanged = Some(now);

@@ -11,6 +11,7 @@ mod nats_faults;
 mod postgres_faults;
 mod readme;
 mod redis_faults;
+mod replays;
 mod resolver;
 mod roles;
 mod strict;
