@@ -78,6 +78,15 @@ impl Daemon {
         })
     }
 
+    /// Waits until it says that it is not ready for a reason that contains `word`, and returns the reason.
+    #[track_caller]
+    pub fn until_not_ready_because(&self, word: &str) -> impl Future<Output = String> {
+        eventually(READY, async move || {
+            let (status, body) = self.get("/readyz").await.map_err(|error| format!("{error:#}"))?;
+            if status == 503 && body.contains(word) { Ok(body) } else { Err(format!("{status} {body}")) }
+        })
+    }
+
     /// One HTTP request: status and body.
     ///
     /// # Errors

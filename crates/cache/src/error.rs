@@ -39,6 +39,13 @@ impl RedisError {
         matches!(self, Self::Unavailable(_))
     }
 
+    /// Whether Redis refused because it has reached `maxmemory`. It still deletes.
+    #[must_use]
+    pub fn is_out_of_memory(&self) -> bool {
+        let Self::Unavailable(cause) = self else { return false };
+        cause.downcast_ref::<redis::RedisError>().is_some_and(|error| error.code() == Some("OOM"))
+    }
+
     pub(crate) fn unavailable(reason: &'static str) -> Self {
         Self::Unavailable(reason.into())
     }

@@ -23,7 +23,7 @@ use deadpool_redis::redis::{Cmd, ErrorKind, FromRedisValue, Pipeline, ServerErro
 pub use apply::Applied;
 pub use config::{RedisConfig, RedisTls};
 pub use lease::{Acquired, Fill, LeaseId, LeaseToken, MAX_STALE};
-pub use server::EvictionPolicy;
+pub use server::{EvictionPolicy, Masters};
 pub(crate) use values::Found;
 
 use crate::RedisError;

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use async_nats::jetstream::stream::Stream;
+use anyhow::Context as _;
+use async_nats::jetstream::consumer::PullConsumer;
+use async_nats::jetstream::{Context, stream::Stream};
 use cache::Redis;
 use chrono::{DateTime, Utc};
 use clap::Subcommand;
@@ -10,9 +12,10 @@ use event::nats::STREAM;
 use service::nats::Nats;
 use service::parse_duration;
 
+use crate::broker::BrokerError;
 use crate::position::Position;
 use crate::replay::Replay;
-use crate::{Config, broker};
+use crate::{Config, broker, debezium, durable};
 
 /// An operator waits in front of the terminal: give up early.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -47,7 +50,16 @@ pub async fn execute(command: Command, config: &Config) -> anyhow::Result<()> {
     }
     let redis = Redis::new(config.redis())?;
     let nats = Nats::connect(&config.nats, "subscriber-admin", config.startup_timeout.min(PATIENCE)).await?;
-    let stream = broker::stream(&broker::jetstream(&nats)).await?;
+    let jetstream = broker::jetstream(&nats);
+    let stream = broker::stream(&jetstream).await;
+    if matches!(command, Command::Status) && config.debezium_stream.is_some() {
+        debezium_status(&jetstream, config).await?;
+        if matches!(stream, Err(BrokerError::NoStream)) {
+            println!("stream        {STREAM} does not exist; only Debezium's change events are applied");
+            return Ok(());
+        }
+    }
+    let stream = stream?;
     match command {
         Command::Run | Command::Health => unreachable!("handled before"),
         Command::Status => status(&redis, stream, config).await,
@@ -67,6 +79,26 @@ pub async fn execute(command: Command, config: &Config) -> anyhow::Result<()> {
     }
 }
 
+async fn debezium_status(jetstream: &Context, config: &Config) -> anyhow::Result<()> {
+    let name = config.debezium_stream.as_deref().unwrap_or_default();
+    let stream = jetstream
+        .get_stream(name)
+        .await
+        .with_context(|| format!("SUBSCRIBER_DEBEZIUM_STREAM (--debezium-stream) {name} cannot be used"))?;
+    let durable = debezium::durable(config);
+    let Ok(consumer) = stream.get_consumer(&durable).await else {
+        println!("debezium      durable {durable} does not exist yet; start a subscriber, which creates it");
+        return Ok(());
+    };
+    let consumer: PullConsumer = consumer;
+    let info = consumer.cached_info();
+    println!(
+        "debezium      stream {name}, durable {durable}: {} messages not delivered, {} not acknowledged",
+        info.num_pending, info.num_ack_pending
+    );
+    Ok(())
+}
+
 async fn status(redis: &Redis, mut stream: Stream, config: &Config) -> anyhow::Result<()> {
     let durable = &config.durable;
     let Ok(mut consumer) = stream.get_consumer(durable).await else {
@@ -75,6 +107,7 @@ async fn status(redis: &Redis, mut stream: Stream, config: &Config) -> anyhow::R
     };
     let (seen, pending) =
         broker::look(&mut stream, &mut consumer).await.map_err(|error| anyhow::anyhow!(error))?;
+    let record = redis.load_position(durable).await;
     println!("stream        {STREAM}, sequences {} to {}", seen.first_seq, seen.last_seq);
     println!(
         "durable       {durable}, delivered up to {}, acknowledged up to {}",
@@ -85,26 +118,38 @@ async fn status(redis: &Redis, mut stream: Stream, config: &Config) -> anyhow::R
         pending.messages, pending.unacknowledged
     );
     println!("redelivered   {} messages in flight", pending.redelivered);
-    println!("lag           {}", lag(&stream, seen.ack_floor, seen.last_seq).await);
-    match redis.load_position(durable).await {
-        Ok(Some(record)) => {
-            let position: Position = serde_json::from_slice(&record)?;
+    let position: Option<Position> = match &record {
+        Ok(Some(record)) => Some(serde_json::from_slice(record)?),
+        _ => None,
+    };
+    let mut applied = seen.ack_floor;
+    if let Some(position) =
+        position.as_ref().filter(|known| known.stream_created_us == seen.stream_created_us)
+    {
+        applied = applied.max(position.acked_seq);
+    }
+    if let Some(subject) = durable::filter(config) {
+        applied = broker::reach(&mut stream, &subject, seen, applied).await.unwrap_or(applied);
+    }
+    println!("lag           {}", lag(&stream, applied, seen.last_seq).await);
+    match (record, position) {
+        (_, Some(position)) => {
             let until = DateTime::from_timestamp_micros(position.acked_until_us).unwrap_or_default();
             println!("applied       everything published until {}", until.to_rfc3339());
             println!("redis         {}", position.instances.into_iter().collect::<Vec<_>>().join(", "));
         }
-        Ok(None) => println!("applied       nothing recorded in this Redis yet"),
-        Err(error) => println!("redis         not reachable: {error}"),
+        (Ok(_), None) => println!("applied       nothing recorded in this Redis yet"),
+        (Err(error), None) => println!("redis         not reachable: {error}"),
     }
     Ok(())
 }
 
-/// Age of the oldest message that is not acknowledged.
-async fn lag(stream: &Stream, ack_floor: u64, last_seq: u64) -> String {
-    if ack_floor >= last_seq {
+/// Age of the oldest message that is not applied.
+async fn lag(stream: &Stream, applied: u64, last_seq: u64) -> String {
+    if applied >= last_seq {
         return "none".to_owned();
     }
-    match stream.get_raw_message(ack_floor + 1).await {
+    match stream.get_raw_message(applied + 1).await {
         Ok(message) => {
             let age = (Utc::now() - message.time).to_std().unwrap_or_default();
             format!("{:.1} s, the age of the oldest message not acknowledged", age.as_secs_f64())
@@ -121,9 +166,13 @@ async fn accept_gap(redis: &Redis, stream: &Stream, config: &Config) -> anyhow::
     let accepted = Position {
         stream_created_us: info.created.timestamp_micros(),
         acked_seq: info.state.first_sequence.saturating_sub(1).min(info.state.last_sequence),
+        accepted_us: Utc::now().timestamp_micros(),
         ..position
     };
     redis.store_position(&config.durable, &serde_json::to_vec(&accepted)?).await?;
-    println!("accepted; the subscriber goes on with sequence {}", info.state.first_sequence);
+    println!(
+        "accepted; the subscriber goes on within seconds, or when it is started, with sequence {}",
+        info.state.first_sequence
+    );
     Ok(())
 }

@@ -1,16 +1,14 @@
-//! The stream, the durable consumer and the dead letters on NATS.
+//! The stream and the dead letters on NATS, and what is seen of stream and consumer.
 
 use std::time::Duration;
 
-use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, ReplayPolicy, pull};
+use async_nats::jetstream::consumer::PullConsumer;
 use async_nats::jetstream::context::{GetStreamError, GetStreamErrorKind};
-use async_nats::jetstream::stream::{Config as StreamConfig, DiscardPolicy, Stream};
+use async_nats::jetstream::stream::{Config as StreamConfig, DiscardPolicy, RawMessageErrorKind, Stream};
 use async_nats::jetstream::{self, ErrorCode};
-use chrono::{DateTime, Utc};
-use event::nats::{DEAD_SUBJECTS, STREAM, subject};
+use event::nats::{DEAD_SUBJECTS, STREAM};
 use service::nats::Nats;
 
-use crate::Config;
 use crate::position::Seen;
 
 /// Stream of messages that could not be decoded.
@@ -21,9 +19,6 @@ const DEAD_MAX_AGE: Duration = Duration::from_hours(30 * 24);
 
 /// Most bytes of dead letters: a producer of garbage must not fill the disk of the broker.
 const DEAD_MAX_BYTES: i64 = 256 * 1024 * 1024;
-
-/// Most messages delivered but not acknowledged, over all subscribers of a cache.
-const MAX_ACK_PENDING: i64 = 10_000;
 
 /// Why NATS cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -95,69 +90,6 @@ fn explain(error: GetStreamError) -> BrokerError {
     }
 }
 
-/// Finds or creates the durable consumer of this cache.
-///
-/// A new one begins at `since`, or with everything that is in the stream.
-///
-/// # Errors
-/// [`BrokerError`].
-pub async fn consumer(
-    stream: &Stream,
-    config: &Config,
-    since: Option<DateTime<Utc>>,
-) -> Result<PullConsumer, BrokerError> {
-    let durable = config.durable.clone();
-    if let Ok(existing) = stream.get_consumer::<pull::Config>(&durable).await {
-        check(&existing.cached_info().config, config)?;
-        return Ok(existing);
-    }
-    let wanted = pull::Config {
-        durable_name: Some(durable.clone()),
-        description: Some("Invalidates the keys of one cache".to_owned()),
-        deliver_policy: since
-            .map_or(DeliverPolicy::All, |start_time| DeliverPolicy::ByStartTime { start_time }),
-        ack_policy: AckPolicy::Explicit,
-        ack_wait: config.ack_wait,
-        max_deliver: -1,
-        filter_subject: filter(config),
-        replay_policy: ReplayPolicy::Instant,
-        max_ack_pending: MAX_ACK_PENDING,
-        ..Default::default()
-    };
-    let created = stream
-        .create_consumer(wanted)
-        .await
-        .map_err(|error| BrokerError::Consumer { durable: durable.clone(), source: error.into() })?;
-    check(&created.cached_info().config, config)?;
-    tracing::info!(durable, "created the durable consumer");
-    Ok(created)
-}
-
-fn filter(config: &Config) -> String {
-    config.topic.as_ref().map_or_else(String::new, subject)
-}
-
-/// Old servers drop options they do not know, and the consumer may be somebody else's: what is there is judged.
-fn check(actual: &async_nats::jetstream::consumer::Config, config: &Config) -> Result<(), BrokerError> {
-    let mut differences = Vec::new();
-    if actual.deliver_subject.is_some() {
-        differences.push("it is a push consumer".to_owned());
-    }
-    if actual.ack_policy != AckPolicy::Explicit {
-        differences.push("its ack policy is not explicit".to_owned());
-    }
-    if actual.max_deliver > 0 {
-        differences.push(format!("it gives up after {} deliveries", actual.max_deliver));
-    }
-    if actual.filter_subject != filter(config) {
-        differences.push(format!("its filter subject is '{}'", actual.filter_subject));
-    }
-    if differences.is_empty() {
-        return Ok(());
-    }
-    Err(BrokerError::Mismatch { durable: config.durable.clone(), difference: differences.join(", ") })
-}
-
 /// Makes sure there is a stream that keeps dead letters.
 ///
 /// # Errors
@@ -201,6 +133,35 @@ pub async fn look(
         delivered: state.delivered.stream_sequence,
     };
     Ok((seen, pending))
+}
+
+/// Up to where the stream has nothing on `subject` that follows `applied`, or as far as that is known.
+///
+/// The floor of a consumer with a filter moves only when it acknowledges, while the messages of others come and expire.
+/// Its count of pending messages proves nothing: it is told of a new message after the stream has stored it, and forgets
+/// one that expires. So the stream itself is asked for the next message, between two looks: `seen` says what it had before,
+/// and that nothing behind `applied` has expired by the second look says that the answer leaves nothing out.
+///
+/// # Errors
+/// Whatever JetStream says.
+pub async fn reach(
+    stream: &mut Stream,
+    subject: &str,
+    seen: Seen,
+    applied: u64,
+) -> Result<u64, async_nats::Error> {
+    if applied >= seen.last_seq || seen.first_seq > applied + 1 {
+        return Ok(applied);
+    }
+    let reach = match stream.get_first_raw_message_by_subject(subject, applied + 1).await {
+        Ok(next) => next.sequence.saturating_sub(1).min(seen.last_seq),
+        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => seen.last_seq,
+        Err(error) => return Err(error.into()),
+    };
+    let info = stream.info().await?;
+    let is_same = info.created.timestamp_micros() == seen.stream_created_us;
+    let is_whole = info.state.first_sequence <= applied + 1 && info.state.last_sequence >= seen.last_seq;
+    Ok(if is_same && is_whole { reach.max(applied) } else { applied })
 }
 
 /// What a consumer has before it.

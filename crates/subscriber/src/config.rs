@@ -106,7 +106,7 @@ pub struct Config {
 /// What to do about invalidations that are gone for good.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum GapPolicy {
-    /// Stop with an error and leave the decision to the operator.
+    /// Consume nothing and leave the decision to the operator.
     Halt,
     /// Delete the keys that the operator named, and go on.
     Flush,

@@ -88,7 +88,7 @@ pub async fn prepare(
     let stream = jetstream.get_stream(stream_name).await.with_context(|| {
         format!("SUBSCRIBER_DEBEZIUM_STREAM (--debezium-stream) {stream_name} cannot be used")
     })?;
-    let durable = format!("{}-debezium", config.durable);
+    let durable = durable(config);
     let ack_wait = config.debezium_repeat_after + ACK_MARGIN;
     let wanted = pull::Config {
         durable_name: Some(durable.clone()),
@@ -114,6 +114,11 @@ pub async fn prepare(
         repeat_after: config.debezium_repeat_after,
         ack_wait,
     }))
+}
+
+/// Name of the durable consumer of Debezium's stream.
+pub(crate) fn durable(config: &Config) -> String {
+    format!("{}-debezium", config.durable)
 }
 
 impl Debezium {

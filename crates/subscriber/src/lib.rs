@@ -5,6 +5,7 @@ pub mod broker;
 mod config;
 mod dead;
 pub mod debezium;
+mod durable;
 pub mod metrics;
 pub mod position;
 pub mod replay;
@@ -15,7 +16,6 @@ mod worker;
 
 pub use config::{Config, GapPolicy};
 pub use run::run;
-pub use supervisor::Halt;
 
 /// Places where fault tests stop the subscriber: with keys deleted but messages not acknowledged, and with both done.
 pub const FAILPOINTS: &[&str] = &["subscriber.after_delete", "subscriber.after_ack"];

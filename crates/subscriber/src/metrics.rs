@@ -1,6 +1,6 @@
 //! Names of the subscriber's metrics.
 
-use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram};
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge};
 
 macro_rules! metrics {
     ($($kind:ident $name:ident = $text:literal, $unit:ident, $help:literal;)*) => {
@@ -30,8 +30,10 @@ metrics! {
     describe_counter REPLAYS = "subscriber_replays_total", Count, "Replays of the stream, by reason";
     describe_counter REPLAYED = "subscriber_replayed_messages_total", Count, "Messages applied again by replays";
     describe_counter GAPS = "subscriber_gaps_total", Count, "Times invalidations were missing from the stream for good, by policy";
+    describe_gauge HALTED = "subscriber_halted", Count, "1 while nothing is consumed because of such a gap, until an operator decides";
     describe_counter MARKS_RESOLVED = "subscriber_marks_resolved_total", Count, "Marks removed that their writers had left behind, by outcome of the transaction: committed or aborted";
     describe_gauge ORPHAN_MARKS = "subscriber_orphan_marks", Count, "Marks of strict writes that are older than 5 s, up to 1000 per Redis server; their keys are not cached";
+    describe_gauge MARKS_EVICTABLE = "subscriber_marks_evictable", Count, "1 while the maxmemory-policy of Redis could evict marks, so that strict writes are not safe";
     describe_gauge PENDING = "subscriber_pending_messages", Count, "Messages in the stream that were not delivered yet";
     describe_gauge ACK_PENDING = "subscriber_ack_pending_messages", Count, "Messages that were delivered but not acknowledged";
     describe_gauge NATS_CONNECTED = "subscriber_nats_connected", Count, "1 while NATS is connected";
@@ -54,6 +56,7 @@ pub fn start_at_zero() {
     for name in plain {
         counter!(name).increment(0);
     }
+    gauge!(HALTED).set(0.0);
     for result in ["applied", "dead_letter"] {
         counter!(MESSAGES, "result" => result).increment(0);
     }

@@ -18,6 +18,17 @@ pub struct Position {
     pub acked_seq: u64,
     /// Every message published up to this time was applied, in microseconds since the Unix epoch by the clock of NATS.
     pub acked_until_us: i64,
+    /// When an operator accepted that invalidations are missing, in microseconds since the Unix epoch; 0 if nobody did, or
+    /// the subscriber has gone on since.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub accepted_us: i64,
+}
+
+/// How long the word of an operator counts: until a subscriber has looked, but not for a gap of another day.
+const ACCEPTANCE_US: i64 = 10 * 60 * 1_000_000;
+
+fn is_zero(number: &i64) -> bool {
+    *number == 0
 }
 
 /// The stream and the consumer as they are now.
@@ -50,6 +61,13 @@ pub enum Continuity {
 }
 
 impl Position {
+    /// Whether an operator has accepted whatever is missing at `now_us`. For a while, as messages go on expiring until the
+    /// first of them is read.
+    #[must_use]
+    pub fn is_gap_accepted(&self, now_us: i64) -> bool {
+        self.accepted_us != 0 && now_us.saturating_sub(self.accepted_us) < ACCEPTANCE_US
+    }
+
     /// Judges what is seen now against what is remembered.
     #[must_use]
     pub fn judge(&self, seen: Seen) -> Continuity {
@@ -75,8 +93,13 @@ impl Position {
 mod tests {
     use super::*;
 
-    const KNOWN: Position =
-        Position { instances: BTreeSet::new(), stream_created_us: 7, acked_seq: 100, acked_until_us: 1 };
+    const KNOWN: Position = Position {
+        instances: BTreeSet::new(),
+        stream_created_us: 7,
+        acked_seq: 100,
+        acked_until_us: 1,
+        accepted_us: 0,
+    };
     const SEEN: Seen = Seen { stream_created_us: 7, first_seq: 40, last_seq: 150, ack_floor: 100 };
 
     #[test]
@@ -95,6 +118,21 @@ mod tests {
     fn messages_that_expired_unread_are_counted() {
         let seen = Seen { first_seq: 121, ..SEEN };
         assert_eq!(KNOWN.judge(seen), Continuity::Expired { messages: 20 });
+    }
+
+    #[test]
+    fn acceptance_of_a_gap_counts_for_ten_minutes() {
+        assert!(!KNOWN.is_gap_accepted(5));
+        let accepted = Position { accepted_us: 5, ..KNOWN };
+        assert!(accepted.is_gap_accepted(6) && accepted.is_gap_accepted(4 + ACCEPTANCE_US));
+        assert!(!accepted.is_gap_accepted(5 + ACCEPTANCE_US));
+    }
+
+    #[test]
+    fn a_record_of_an_older_version_is_read_and_nothing_is_written_that_it_would_not_know() {
+        let record = r#"{"instances":[],"stream_created_us":7,"acked_seq":100,"acked_until_us":1}"#;
+        assert_eq!(serde_json::from_str::<Position>(record).unwrap(), KNOWN);
+        assert_eq!(serde_json::to_string(&KNOWN).unwrap(), record);
     }
 
     #[test]

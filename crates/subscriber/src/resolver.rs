@@ -39,10 +39,8 @@ enum ResolveError {
 /// Resolves until shutdown is requested. Several subscribers of one cache may do it at the same time: every step can be
 /// repeated.
 pub async fn run(redis: Redis, nats: Nats, shutdown: Shutdown) {
-    let mut policy_is_known = false;
     let mut failing = false;
     loop {
-        policy_is_known = policy_is_known || check_eviction_policy(&redis).await;
         match resolve(&redis, &nats).await {
             Ok(()) => failing = false,
             Err(error) => {
@@ -104,24 +102,4 @@ async fn remove(redis: &Redis, key: CacheKey, xid: u64, outcome: &'static str) -
     counter!(names::MARKS_RESOLVED, "outcome" => outcome).increment(1);
     tracing::debug!(%key, xid, outcome, "removed a mark that its writer left behind");
     Ok(())
-}
-
-/// Strict writes are only as safe as their marks. Says whether Redis has told.
-async fn check_eviction_policy(redis: &Redis) -> bool {
-    match redis.eviction_policy().await {
-        Ok(_) => true,
-        Err(RedisError::MarksEvictable { policy }) => {
-            tracing::error!(
-                policy,
-                "Redis may evict marks: strict writes are NOT safe with maxmemory-policy {policy}; set it to noeviction \
-                 or to a volatile-* policy (default writes are not affected)"
-            );
-            true
-        }
-        Err(error) if error.is_retryable() => false,
-        Err(error) => {
-            tracing::warn!(%error, "Redis does not tell its maxmemory-policy; strict writes need noeviction or volatile-*");
-            true
-        }
-    }
 }

@@ -22,8 +22,7 @@ const DEAD_AFTER: Duration = Duration::from_mins(10);
 /// Runs the subscriber until shutdown is requested, then finishes the batches in hand.
 ///
 /// # Errors
-/// What is wrong with the configuration or the surroundings at the start, naming what to fix; and
-/// [`Halt`](crate::Halt). Other trouble is waited out.
+/// What is wrong with the configuration or the surroundings at the start, naming what to fix. Other trouble is waited out.
 pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     config.check()?;
     let redis = Redis::new(config.redis()).context("REDIS_URL (--redis-url) cannot be used")?;
@@ -68,15 +67,16 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         "subscriber runs"
     );
 
-    let outcome = tokio::select! {
-        ended = &mut watch => ended?,
+    // It ends before only if it panics.
+    let watched = tokio::select! {
+        ended = &mut watch => ended,
         () = shutdown.requested() => Ok(()),
     };
     shutdown.request();
     health.draining();
     drain("batches in hand", async { tasks.wait().await }, config.service.drain_timeout).await;
     http.stop().await;
-    Ok(outcome?)
+    Ok(watched?)
 }
 
 /// A Redis that is down is waited for; one that refuses us needs the operator.
@@ -91,7 +91,8 @@ async fn refuse_wrong_credentials(redis: &Redis) -> Result<(), cache::RedisError
     }
 }
 
-/// The relay creates the stream; whoever starts both at once need not care about the order.
+/// The relay creates the stream; whoever starts both at once need not care about the order. Who has Debezium's events to
+/// apply may have no relay at all.
 async fn wait_for_stream(
     jetstream: &async_nats::jetstream::Context,
     config: &Config,
@@ -100,6 +101,7 @@ async fn wait_for_stream(
     let started = tokio::time::Instant::now();
     loop {
         match broker::stream(jetstream).await {
+            Err(broker::BrokerError::NoStream) if config.debezium_stream.is_some() => return Ok(()),
             Err(broker::BrokerError::NoStream) if started.elapsed() < config.startup_timeout => {}
             other => return other.map(drop),
         }

@@ -1,53 +1,38 @@
 //! Watches the stream and Redis for lost data, and decides what the workers may consume.
 
-use std::collections::BTreeSet;
+mod gap;
+mod restart;
+
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::PullConsumer;
 use async_nats::jetstream::{self, stream::Stream};
 use cache::Redis;
 use chrono::{DateTime, Utc};
-use event::nats::{COVERAGE_SUBJECT, CoverageReply, CoverageRequest};
-use metrics::{counter, gauge};
+use event::nats::STREAM;
+use metrics::gauge;
 use service::nats::Nats;
 use service::{Backoff, Component, Shutdown};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::Config;
 use crate::broker::{self, BrokerError};
-use crate::config::GapPolicy;
 use crate::metrics as names;
-use crate::position::{Continuity, Position, Seen};
-use crate::replay::{Replay, ReplayError, with_progress};
+use crate::position::{Position, Seen};
+use crate::replay::ReplayError;
+use crate::{Config, durable};
+
+use gap::Halt;
 
 /// How often Redis and the stream are looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The shortest replay: clocks differ and acknowledgements are recorded only now and then.
-const MIN_REPLAY_MARGIN: Duration = Duration::from_mins(1);
-
-/// How far the clocks of Postgres and NATS may be apart before a gap could be overlooked.
-const CLOCK_MARGIN_US: i64 = 5_000_000;
-
-/// How long a relay may take to answer.
-const QUESTION_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often a halted subscriber looks whether somebody has decided.
+const HALT_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Pauses after a failure.
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(100);
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
-
-/// Invalidations are gone for good and the operator chose to halt.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "invalidations are missing from the stream for good ({what}) and SUBSCRIBER_GAP_POLICY is halt: keys of this cache \
-     may be stale; delete them (or start once with SUBSCRIBER_GAP_POLICY=flush and SUBSCRIBER_FLUSH_PATTERNS), or accept \
-     it with `subscriber accept-gap`"
-)]
-pub struct Halt {
-    /// What happened to them.
-    pub what: String,
-}
 
 /// The watcher.
 #[derive(Debug)]
@@ -68,13 +53,21 @@ pub struct Supervisor {
 #[derive(Default)]
 struct Memory {
     position: Option<Position>,
-    /// What is stored in Redis.
+    /// What is stored in Redis; nothing if this Redis has no record.
     stored: Option<Position>,
+    /// Whether the position could not be stored because Redis is full.
+    is_full: bool,
     /// When Redis was last seen to be the one it was.
     redis_unchanged: Option<DateTime<Utc>>,
     handles: Option<(Stream, PullConsumer)>,
     /// Since when a gap has been waiting for a relay's word.
     doubt: Option<Instant>,
+    /// When it was last said that the subscriber has halted, while it has.
+    halted: Option<Instant>,
+    /// Whether it is known that no relay has created the stream yet, and no matter.
+    lacks_stream: bool,
+    /// The policy under which Redis may evict marks, while it may.
+    evicts_marks: Option<String>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +78,11 @@ enum LookError {
     Stream(#[source] async_nats::Error),
     #[error("Redis does not answer")]
     Redis(#[from] cache::RedisError),
+    #[error(
+        "Redis is full (maxmemory) and has no record yet of what this cache has applied; nothing is consumed before it has, \
+         as a gap could not be noticed later: make room"
+    )]
+    Full(#[source] cache::RedisError),
     #[error(transparent)]
     Replay(#[from] ReplayError),
     #[error("part of the stream is missing ({0}); waiting for a relay to say whether it publishes it again")]
@@ -95,10 +93,7 @@ enum LookError {
 
 impl Supervisor {
     /// Watches until shutdown is requested.
-    ///
-    /// # Errors
-    /// [`Halt`].
-    pub async fn run(self, health: Component, shutdown: Shutdown) -> Result<(), Halt> {
+    pub async fn run(self, health: Component, shutdown: Shutdown) {
         let mut memory = Memory::default();
         let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
         while !shutdown.is_requested() {
@@ -113,9 +108,13 @@ impl Supervisor {
                     health.ready();
                     LOOK_INTERVAL
                 }
-                Err(LookError::Halt(halt)) => return Err(halt),
+                Err(LookError::Halt(halt)) => {
+                    retry.reset();
+                    health.not_ready(halt.to_string());
+                    HALT_INTERVAL
+                }
                 Err(error) => {
-                    self.note(&error, retry.attempts(), &mut memory, &health);
+                    note(&error, retry.attempts(), &mut memory, &health);
                     retry.next_delay()
                 }
             };
@@ -124,34 +123,35 @@ impl Supervisor {
                 () = tokio::time::sleep(pause) => {}
             }
         }
-        Ok(())
-    }
-
-    fn note(&self, error: &LookError, attempts: u32, memory: &mut Memory, health: &Component) {
-        let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
-        health.not_ready(format!("{error}: {cause}"));
-        if attempts == 0 {
-            tracing::warn!(%error, cause, "cannot watch the cache and the stream; trying again");
-        }
-        match error {
-            LookError::Redis(_) => gauge!(names::REDIS_UP).set(0.0),
-            // Consumer or stream may be gone: look for them anew.
-            _ => memory.handles = None,
-        }
     }
 
     /// Looks at everything once. The order matters: no message is consumed before the stream is known to be whole, and
     /// no position is stored in a Redis that may have lost data.
     async fn look(&self, memory: &mut Memory, health: &Component) -> Result<(), LookError> {
-        let instances = self.redis.instances().await?;
+        let masters = self.redis.look_at_masters().await?;
         gauge!(names::REDIS_UP).set(1.0);
+        note_evictions(masters.evicts_marks, memory);
         if memory.position.is_none() {
-            memory.position = Some(self.load_position().await?);
+            memory.stored = self.load_position().await?;
+            memory.position = Some(memory.stored.clone().unwrap_or_default());
         }
         let position = memory.position.clone().unwrap_or_default();
-        let seen = self.look_at_stream(memory, &position).await?;
+        let seen = match self.look_at_stream(memory, &position).await {
+            Err(LookError::Broker(BrokerError::NoStream)) if self.may_lack_stream(&position) => {
+                if !std::mem::replace(&mut memory.lacks_stream, true) {
+                    tracing::info!(
+                        "no stream {STREAM} yet: only Debezium's change events are applied until a relay creates it"
+                    );
+                }
+                return Ok(());
+            }
+            seen => seen?,
+        };
+        if std::mem::take(&mut memory.lacks_stream) {
+            tracing::info!("stream {STREAM} exists; its events are applied as well");
+        }
         self.judge(memory, &position, seen, health).await?;
-        self.judge_redis(memory, instances, seen, health).await?;
+        self.judge_redis(memory, masters.instances, seen, health).await?;
         self.advance(memory, seen).await?;
         if let Some((_, consumer)) = &memory.handles
             && self.consumer.borrow().is_none()
@@ -161,9 +161,14 @@ impl Supervisor {
         Ok(())
     }
 
-    async fn load_position(&self) -> Result<Position, LookError> {
+    async fn load_position(&self) -> Result<Option<Position>, LookError> {
         let record = self.redis.load_position(&self.config.durable).await?;
-        Ok(record.and_then(|record| serde_json::from_slice(&record).ok()).unwrap_or_default())
+        Ok(record.and_then(|record| serde_json::from_slice(&record).ok()))
+    }
+
+    /// Who has Debezium's events to apply does not need a relay. A stream that was there before is missed all the same.
+    fn may_lack_stream(&self, position: &Position) -> bool {
+        self.config.debezium_stream.is_some() && position.stream_created_us == 0
     }
 
     async fn look_at_stream(&self, memory: &mut Memory, position: &Position) -> Result<Seen, LookError> {
@@ -175,7 +180,7 @@ impl Supervisor {
             let same = position.stream_created_us == stream.cached_info().created.timestamp_micros();
             let since = DateTime::from_timestamp_micros(position.acked_until_us)
                 .filter(|_| same && position.acked_until_us > 0);
-            let consumer = broker::consumer(&stream, &self.config, since).await?;
+            let consumer = durable::consumer(&stream, &self.config, since).await?;
             memory.handles = Some((stream, consumer));
         }
         let (stream, consumer) = memory.handles.as_mut().expect("set above");
@@ -188,175 +193,88 @@ impl Supervisor {
         Ok(seen)
     }
 
-    /// Decides whether the workers may go on with this stream.
-    async fn judge(
-        &self,
-        memory: &mut Memory,
-        position: &Position,
-        seen: Seen,
-        health: &Component,
-    ) -> Result<(), LookError> {
-        let continuity = position.judge(seen);
-        if continuity == Continuity::Whole {
-            memory.doubt = None;
-            return Ok(());
-        }
-        self.consumer.send_replace(None);
-        let what = match continuity {
-            Continuity::Expired { messages } => {
-                format!("{messages} messages expired before this cache read them")
-            }
-            Continuity::Recreated => "the stream was created anew".to_owned(),
-            Continuity::Truncated | Continuity::Whole => "NATS came back with old data".to_owned(),
-        };
-        let covered = match continuity {
-            Continuity::Expired { .. } => Some(false),
-            _ => self.is_covered(continuity, position, seen).await,
-        };
-        match covered {
-            Some(true) => tracing::warn!(
-                what,
-                "the stream is not the one this cache knew; relays publish again what it lacks"
-            ),
-            Some(false) => self.apply_gap_policy(&what, health).await?,
-            None => {
-                let since = *memory.doubt.get_or_insert_with(Instant::now);
-                if since.elapsed() < self.config.gap_grace {
-                    return Err(LookError::Doubt(what));
-                }
-                self.apply_gap_policy(&format!("{what}, and no relay answers"), health).await?;
-            }
-        }
-        memory.doubt = None;
-        if continuity == Continuity::Truncated {
-            self.restart_consumer(memory, position).await?;
-        }
-        memory.position = Some(Position {
-            stream_created_us: seen.stream_created_us,
-            acked_seq: seen.first_seq.saturating_sub(1).min(seen.last_seq),
-            ..position.clone()
-        });
-        Ok(())
-    }
-
-    /// A durable that is ahead of its stream would wait until the stream catches up, and skip what comes before.
-    async fn restart_consumer(&self, memory: &mut Memory, position: &Position) -> Result<(), LookError> {
-        if let Some((stream, _)) = memory.handles.take() {
-            stream
-                .delete_consumer(&self.config.durable)
-                .await
-                .map_err(|error| LookError::Stream(error.into()))?;
-            let since =
-                DateTime::from_timestamp_micros(position.acked_until_us.saturating_sub(CLOCK_MARGIN_US));
-            let consumer = broker::consumer(&stream, &self.config, since).await?;
-            memory.handles = Some((stream, consumer));
-        }
-        Ok(())
-    }
-
-    /// Whether a relay vouches for everything this cache has not applied. `None` if no relay can say yet.
-    async fn is_covered(&self, continuity: Continuity, position: &Position, seen: Seen) -> Option<bool> {
-        let question = CoverageRequest { stream_created_us: seen.stream_created_us };
-        let body = serde_json::to_vec(&question).expect("plain data always serializes");
-        let asked = self.nats.client.request(COVERAGE_SUBJECT, body.into());
-        let answer = tokio::time::timeout(QUESTION_TIMEOUT, asked).await.ok()?.ok()?;
-        let reply: CoverageReply = serde_json::from_slice(&answer.payload).ok()?;
-        let since = match continuity {
-            Continuity::Recreated => reply.complete_since_us?,
-            _ => reply.retained_since_us,
-        };
-        Some(since <= position.acked_until_us.saturating_sub(CLOCK_MARGIN_US))
-    }
-
-    async fn apply_gap_policy(&self, what: &str, health: &Component) -> Result<(), LookError> {
-        let policy = self.config.gap_policy;
-        counter!(names::GAPS, "policy" => policy.as_str()).increment(1);
-        tracing::error!(what, policy = policy.as_str(), "invalidations are missing from the stream for good");
-        if policy == GapPolicy::Halt {
-            return Err(Halt { what: what.to_owned() }.into());
-        }
-        let flush = async {
-            match self.config.flush_everything {
-                true => self.redis.flush_all_keys().await,
-                false => self.redis.delete_matching(&self.config.flush_patterns).await,
-            }
-        };
-        // A large cache takes longer than a component may be silent.
-        let deleted = with_progress(|| health.beat(), flush).await?;
-        tracing::error!(deleted, "flushed the keys that the gap policy names");
-        Ok(())
-    }
-
-    /// Replays the stream if Redis is not the one it was: it may have come back with values that were invalidated since.
-    async fn judge_redis(
-        &self,
-        memory: &mut Memory,
-        instances: BTreeSet<String>,
-        seen: Seen,
-        health: &Component,
-    ) -> Result<(), LookError> {
-        let now = Utc::now();
-        let position = memory.position.get_or_insert_default();
-        let is_first_start = position.instances.is_empty() && seen.ack_floor == 0;
-        if is_first_start || instances.is_subset(&position.instances) {
-            position.instances = instances;
-            memory.redis_unchanged = Some(now);
-            return Ok(());
-        }
-        let margin = self.replay_margin().await?;
-        let (stream, _) = memory.handles.as_ref().expect("looked at before");
-        let mut reference = memory.redis_unchanged;
-        if reference.is_none() && position.acked_until_us > 0 {
-            reference = DateTime::from_timestamp_micros(position.acked_until_us);
-        }
-        if reference.is_none() {
-            reference = stream.get_raw_message(seen.ack_floor).await.ok().map(|message| message.time);
-        }
-        let since = reference.map(|reference| reference - margin);
-        tracing::warn!(
-            since = since.map_or("the beginning of the stream".to_owned(), |since| since.to_rfc3339()),
-            "Redis was restarted or replaced and may have old values; replaying the stream"
-        );
-        counter!(names::REPLAYS, "reason" => "redis").increment(1);
-        let replay = Replay {
-            stream,
-            redis: &self.redis,
-            topic: self.config.topic.as_ref(),
-            max_payload: self.nats.client.server_info().max_payload,
-            progress: &|| health.beat(),
-        };
-        let messages = replay.run(since).await?;
-        tracing::warn!(messages, "replayed the stream");
-        position.instances = instances;
-        memory.redis_unchanged = Some(now);
-        Ok(())
-    }
-
-    async fn replay_margin(&self) -> Result<Duration, LookError> {
-        if let Some(margin) = self.config.replay_margin {
-            return Ok(margin);
-        }
-        let interval = self.redis.longest_snapshot_interval().await?;
-        Ok(interval.unwrap_or_default().max(MIN_REPLAY_MARGIN))
-    }
-
     /// Records how far this cache is.
     async fn advance(&self, memory: &mut Memory, seen: Seen) -> Result<(), LookError> {
-        let Some((stream, _)) = &memory.handles else { return Ok(()) };
+        let Some((stream, _)) = &mut memory.handles else { return Ok(()) };
         let position = memory.position.get_or_insert_default();
         position.stream_created_us = seen.stream_created_us;
-        if seen.ack_floor > position.acked_seq || position.acked_until_us == 0 {
+        let mut applied = seen.ack_floor.max(position.acked_seq);
+        if let Some(subject) = durable::filter(&self.config) {
+            match broker::reach(stream, &subject, seen, applied).await {
+                Ok(reach) => applied = reach,
+                Err(error) => tracing::debug!(%error, "cannot look for the next message of the topic"),
+            }
+        }
+        if applied > position.acked_seq || position.acked_until_us == 0 {
             // The message may have expired; the time of an older one is good enough then.
-            if let Ok(message) = stream.get_raw_message(seen.ack_floor).await {
+            if let Ok(message) = stream.get_raw_message(applied).await {
                 position.acked_until_us = message.time.timestamp_micros();
             }
-            position.acked_seq = position.acked_seq.max(seen.ack_floor);
+            position.acked_seq = applied;
         }
-        if memory.stored.as_ref() != Some(position) {
-            let record = serde_json::to_vec(position).expect("plain data always serializes");
-            self.redis.store_position(&self.config.durable, &record).await?;
-            memory.stored = Some(position.clone());
+        if memory.stored.as_ref() == memory.position.as_ref() {
+            return Ok(());
         }
-        Ok(())
+        self.store_position(memory).await
     }
+
+    /// A Redis that is full keeps the older record. That makes a replay longer, or a gap be judged once more, and hides
+    /// nothing: what the stream still has need not wait. Without any record a later loss could not be noticed.
+    async fn store_position(&self, memory: &mut Memory) -> Result<(), LookError> {
+        let position = memory.position.clone().unwrap_or_default();
+        let record = serde_json::to_vec(&position).expect("plain data always serializes");
+        match self.redis.store_position(&self.config.durable, &record).await {
+            Ok(()) => {
+                memory.stored = Some(position);
+                if std::mem::take(&mut memory.is_full) {
+                    tracing::info!("Redis stores again how far this cache is");
+                }
+                Ok(())
+            }
+            Err(error) if error.is_out_of_memory() => {
+                if memory.stored.is_none() {
+                    return Err(LookError::Full(error));
+                }
+                if !std::mem::replace(&mut memory.is_full, true) {
+                    tracing::warn!(
+                        "Redis is full (maxmemory) and does not store how far this cache is; invalidations go on, updates \
+                         become deletes, strict writes fail"
+                    );
+                }
+                Ok(())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+fn note(error: &LookError, attempts: u32, memory: &mut Memory, health: &Component) {
+    let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
+    health.not_ready(format!("{error}: {cause}"));
+    if attempts == 0 {
+        tracing::warn!(%error, cause, "cannot watch the cache and the stream; trying again");
+    }
+    match error {
+        LookError::Redis(_) => gauge!(names::REDIS_UP).set(0.0),
+        LookError::Full(_) => {}
+        // Consumer or stream may be gone: look for them anew.
+        _ => memory.handles = None,
+    }
+}
+
+/// Strict writes are only as safe as their marks.
+fn note_evictions(policy: Option<String>, memory: &mut Memory) {
+    gauge!(names::MARKS_EVICTABLE).set(if policy.is_some() { 1.0 } else { 0.0 });
+    if policy == memory.evicts_marks {
+        return;
+    }
+    match &policy {
+        Some(policy) => tracing::error!(
+            policy,
+            "Redis may evict marks: strict writes are NOT safe with maxmemory-policy {policy}; set it to noeviction or to a \
+             volatile-* policy (default writes are not affected)"
+        ),
+        None => tracing::info!("Redis does not evict marks any more: strict writes are safe again"),
+    }
+    memory.evicts_marks = policy;
 }

@@ -71,6 +71,10 @@ pub async fn run(shared: Arc<Shared>, health: Component, shutdown: Shutdown) {
     let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
     let mut consumer = shared.consumer.clone();
     while !shutdown.is_requested() {
+        // Without a relay there is nothing to take. Whatever else keeps the consumer away, the supervisor says.
+        if shared.config.debezium_stream.is_some() && consumer.borrow().is_none() {
+            health.ready();
+        }
         health.idle();
         let current = tokio::select! {
             () = shutdown.requested() => break,

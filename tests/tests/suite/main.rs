@@ -15,6 +15,7 @@ mod replays;
 mod resolver;
 mod roles;
 mod strict;
+mod subscriber;
 mod tidy;
 mod triggers;
 mod wal;

@@ -136,13 +136,10 @@ async fn events_lost_beyond_the_retention_halt_the_subscriber_loudly() {
     let pair = Pair::start_with(options).await.unwrap();
     lose_events_for_good(&pair).await;
     pair.subscriber.process().start().unwrap();
-    let status = pair.subscriber.process().wait_exit(Duration::from_secs(60)).await.unwrap();
-    assert!(!status.success());
-    let log = pair.subscriber.process().log();
-    assert!(
-        log.contains("missing from the stream for good") && log.contains("SUBSCRIBER_GAP_POLICY"),
-        "{log}"
-    );
+    let reason = pair.subscriber.until_not_ready_because("missing from the stream for good").await;
+    assert!(reason.contains("created anew") && reason.contains("SUBSCRIBER_GAP_POLICY"), "{reason}");
+    assert!(pair.subscriber.metric("subscriber_halted").await.unwrap() > 0.0);
+    assert!(pair.is_cached("user:1").await.unwrap());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -27,14 +27,31 @@ impl std::fmt::Display for EvictionPolicy {
     }
 }
 
+/// All masters at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Masters {
+    /// The `run_id` of each. It changes when a server restarts and when another takes over, which is when values that had
+    /// been invalidated may be back.
+    pub instances: BTreeSet<String>,
+    /// A `maxmemory-policy` among theirs under which marks may be evicted, if there is one.
+    pub evicts_marks: Option<String>,
+}
+
 impl Redis {
-    /// The `run_id` of every master. It changes when a server restarts and when another takes over, which is when
-    /// values that had been invalidated may be back.
+    /// The `run_id` of every master; see [`Masters::instances`].
     ///
     /// # Errors
     /// Any [`RedisError`]; [`RedisError::Unavailable`] too if what answers is a replica by now.
     pub async fn instances(&self) -> Result<BTreeSet<String>, RedisError> {
-        let mut run_ids = BTreeSet::new();
+        Ok(self.look_at_masters().await?.instances)
+    }
+
+    /// What must be watched of the masters, by one `INFO` each.
+    ///
+    /// # Errors
+    /// As [`instances`](Self::instances).
+    pub async fn look_at_masters(&self) -> Result<Masters, RedisError> {
+        let mut masters = Masters { instances: BTreeSet::new(), evicts_marks: None };
         for info in self.infos().await? {
             if info_field(&info, "role").is_some_and(|role| role != "master") {
                 self.lanes.give_up_all();
@@ -42,9 +59,11 @@ impl Redis {
             }
             let run_id =
                 info_field(&info, "run_id").ok_or_else(|| RedisError::unexpected("no run_id in INFO"))?;
-            run_ids.insert(run_id.to_owned());
+            masters.instances.insert(run_id.to_owned());
+            let policy = info_field(&info, "maxmemory_policy").filter(|policy| evicts_marks(policy));
+            masters.evicts_marks = masters.evicts_marks.or(policy.map(str::to_owned));
         }
-        Ok(run_ids)
+        Ok(masters)
     }
 
     /// The longest time between two snapshots that any master is configured for: how old the data of a restarted
@@ -74,7 +93,7 @@ impl Redis {
         for info in self.infos().await? {
             let policy = info_field(&info, "maxmemory_policy")
                 .ok_or_else(|| RedisError::unexpected("no maxmemory_policy in INFO"))?;
-            if policy != "noeviction" && !policy.starts_with("volatile-") {
+            if evicts_marks(policy) {
                 return Err(RedisError::MarksEvictable { policy: policy.to_owned() });
             }
             safe = Some(EvictionPolicy(policy.to_owned()));
@@ -96,6 +115,11 @@ impl Redis {
         }
         Ok(answers)
     }
+}
+
+/// Marks have no TTL.
+fn evicts_marks(policy: &str) -> bool {
+    policy != "noeviction" && !policy.starts_with("volatile-")
 }
 
 fn info_field<'a>(info: &'a str, name: &str) -> Option<&'a str> {

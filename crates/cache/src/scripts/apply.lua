@@ -1,6 +1,8 @@
 -- APPLY: a committed change of one key, with the new value.
 -- KEYS: value, guard, marks. ARGV: new value, its version, time to live in ms.
 -- Returns 1 if the value was replaced, 0 if the cached one is as new or newer, -1 if it acted as a delete.
+--
+-- A Redis that is full refuses the new value but still deletes, and absence is always right.
 
 -- Versions exceed what a Lua number holds exactly; without sign or leading zero, longer is larger.
 local function older(one, other)
@@ -17,12 +19,12 @@ local function cached_version()
     return type(guard) == 'string' and string.match(guard, '^V(%d+)$') or nil
 end
 
-local version = cached_version()
-if not version then
-    redis.call('UNLINK', KEYS[2], KEYS[1])
-    return -1
+local function stored(name, text)
+    return not redis.pcall('SET', name, text, 'PX', ARGV[3]).err
 end
-if not older(version, ARGV[2]) then return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
-redis.call('SET', KEYS[2], 'V' .. ARGV[2], 'PX', ARGV[3])
-return 1
+
+local version = cached_version()
+if version and not older(version, ARGV[2]) then return 0 end
+if version and stored(KEYS[1], ARGV[1]) and stored(KEYS[2], 'V' .. ARGV[2]) then return 1 end
+redis.call('UNLINK', KEYS[2], KEYS[1])
+return -1

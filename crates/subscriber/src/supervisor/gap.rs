@@ -1,0 +1,181 @@
+//! Messages that are gone from the stream: who vouches for them, and the gap policy if nobody does.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use event::nats::{COVERAGE_SUBJECT, CoverageReply, CoverageRequest};
+use metrics::{counter, gauge};
+use service::Component;
+use tokio::time::Instant;
+
+use super::{LookError, Memory, Supervisor};
+use crate::config::GapPolicy;
+use crate::durable;
+use crate::metrics as names;
+use crate::position::{Continuity, Position, Seen};
+use crate::replay::with_progress;
+
+/// How far the clocks of Postgres and NATS may be apart before a gap could be overlooked.
+const CLOCK_MARGIN_US: i64 = 5_000_000;
+
+/// How long a relay may take to answer.
+const QUESTION_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How often the log is reminded of a subscriber that has halted.
+const HALT_REMINDER: Duration = Duration::from_mins(10);
+
+/// Invalidations are gone for good and the operator chose to halt.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "invalidations are missing from the stream for good ({what}) and SUBSCRIBER_GAP_POLICY is halt, so nothing is consumed: \
+     keys of this cache may be stale; delete them (or start once with SUBSCRIBER_GAP_POLICY=flush and \
+     SUBSCRIBER_FLUSH_PATTERNS), and accept it with `subscriber accept-gap`"
+)]
+pub(super) struct Halt {
+    /// What happened to them.
+    what: String,
+}
+
+impl Supervisor {
+    /// Decides whether the workers may go on with this stream.
+    pub(super) async fn judge(
+        &self,
+        memory: &mut Memory,
+        position: &Position,
+        seen: Seen,
+        health: &Component,
+    ) -> Result<(), LookError> {
+        let continuity = position.judge(seen);
+        if continuity != Continuity::Whole {
+            self.consumer.send_replace(None);
+            if position.is_gap_accepted(Utc::now().timestamp_micros()) {
+                tracing::warn!("an operator has accepted that invalidations are missing from the stream");
+            } else {
+                self.settle(memory, position, seen, health).await?;
+            }
+            if continuity == Continuity::Truncated {
+                self.restart_consumer(memory, position).await?;
+            }
+            memory.position = Some(Position {
+                stream_created_us: seen.stream_created_us,
+                acked_seq: seen.first_seq.saturating_sub(1).min(seen.last_seq),
+                ..position.clone()
+            });
+        }
+        memory.doubt = None;
+        if let Some(position) = &mut memory.position {
+            position.accepted_us = 0;
+        }
+        if memory.halted.take().is_some() {
+            gauge!(names::HALTED).set(0.0);
+            tracing::info!("the subscriber goes on");
+        }
+        Ok(())
+    }
+
+    /// Returns when what is missing may be forgotten.
+    async fn settle(
+        &self,
+        memory: &mut Memory,
+        position: &Position,
+        seen: Seen,
+        health: &Component,
+    ) -> Result<(), LookError> {
+        let continuity = position.judge(seen);
+        let what = match continuity {
+            Continuity::Expired { messages } => {
+                format!("{messages} messages expired before this cache read them")
+            }
+            Continuity::Recreated => "the stream was created anew".to_owned(),
+            Continuity::Truncated | Continuity::Whole => "NATS came back with old data".to_owned(),
+        };
+        let covered = match continuity {
+            Continuity::Expired { .. } => Some(false),
+            _ => self.is_covered(continuity, position, seen).await,
+        };
+        match covered {
+            Some(true) => {
+                tracing::warn!(
+                    what,
+                    "the stream is not the one this cache knew; relays publish again what it lacks"
+                );
+                Ok(())
+            }
+            Some(false) => self.apply_gap_policy(memory, what, health).await,
+            None => {
+                let since = *memory.doubt.get_or_insert_with(Instant::now);
+                if since.elapsed() < self.config.gap_grace {
+                    return Err(LookError::Doubt(what));
+                }
+                self.apply_gap_policy(memory, format!("{what}, and no relay answers"), health).await
+            }
+        }
+    }
+
+    async fn apply_gap_policy(
+        &self,
+        memory: &mut Memory,
+        what: String,
+        health: &Component,
+    ) -> Result<(), LookError> {
+        let policy = self.config.gap_policy;
+        if memory.halted.is_none() {
+            counter!(names::GAPS, "policy" => policy.as_str()).increment(1);
+        }
+        if policy == GapPolicy::Halt {
+            return Err(halt(memory, what).into());
+        }
+        tracing::error!(what, "invalidations are missing from the stream for good");
+        let flush = async {
+            match self.config.flush_everything {
+                true => self.redis.flush_all_keys().await,
+                false => self.redis.delete_matching(&self.config.flush_patterns).await,
+            }
+        };
+        // A large cache takes longer than a component may be silent.
+        let deleted = with_progress(|| health.beat(), flush).await?;
+        tracing::error!(deleted, "flushed the keys that the gap policy names");
+        Ok(())
+    }
+
+    /// A durable that is ahead of its stream would wait until the stream catches up, and skip what comes before.
+    async fn restart_consumer(&self, memory: &mut Memory, position: &Position) -> Result<(), LookError> {
+        if let Some((stream, _)) = memory.handles.take() {
+            stream
+                .delete_consumer(&self.config.durable)
+                .await
+                .map_err(|error| LookError::Stream(error.into()))?;
+            let since =
+                DateTime::from_timestamp_micros(position.acked_until_us.saturating_sub(CLOCK_MARGIN_US));
+            let consumer = durable::consumer(&stream, &self.config, since).await?;
+            memory.handles = Some((stream, consumer));
+        }
+        Ok(())
+    }
+
+    /// Whether a relay vouches for everything this cache has not applied. `None` if no relay can say yet.
+    async fn is_covered(&self, continuity: Continuity, position: &Position, seen: Seen) -> Option<bool> {
+        let question = CoverageRequest { stream_created_us: seen.stream_created_us };
+        let body = serde_json::to_vec(&question).expect("plain data always serializes");
+        let asked = self.nats.client.request(COVERAGE_SUBJECT, body.into());
+        let answer = tokio::time::timeout(QUESTION_TIMEOUT, asked).await.ok()?.ok()?;
+        let reply: CoverageReply = serde_json::from_slice(&answer.payload).ok()?;
+        let since = match continuity {
+            Continuity::Recreated => reply.complete_since_us?,
+            _ => reply.retained_since_us,
+        };
+        Some(since <= position.acked_until_us.saturating_sub(CLOCK_MARGIN_US))
+    }
+}
+
+/// Whoever decides does so by `accept-gap`, which leaves its word in Redis: the position is loaded anew for the next look.
+fn halt(memory: &mut Memory, what: String) -> Halt {
+    let halt = Halt { what };
+    if memory.halted.is_none_or(|said| said.elapsed() >= HALT_REMINDER) {
+        tracing::error!("{halt}");
+        memory.halted = Some(Instant::now());
+    }
+    gauge!(names::HALTED).set(1.0);
+    memory.position = None;
+    halt
+}

@@ -1,0 +1,71 @@
+//! A Redis that may have come back with old data.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use metrics::counter;
+use service::Component;
+
+use super::{LookError, Memory, Supervisor};
+use crate::metrics as names;
+use crate::position::Seen;
+use crate::replay::Replay;
+
+/// The shortest replay: clocks differ and acknowledgements are recorded only now and then.
+const MIN_REPLAY_MARGIN: Duration = Duration::from_mins(1);
+
+impl Supervisor {
+    /// Replays the stream if Redis is not the one it was: it may have come back with values that were invalidated since.
+    pub(super) async fn judge_redis(
+        &self,
+        memory: &mut Memory,
+        instances: BTreeSet<String>,
+        seen: Seen,
+        health: &Component,
+    ) -> Result<(), LookError> {
+        let now = Utc::now();
+        let position = memory.position.get_or_insert_default();
+        let is_first_start = position.instances.is_empty() && seen.ack_floor == 0;
+        if is_first_start || instances.is_subset(&position.instances) {
+            position.instances = instances;
+            memory.redis_unchanged = Some(now);
+            return Ok(());
+        }
+        let margin = self.replay_margin().await?;
+        let (stream, _) = memory.handles.as_ref().expect("looked at before");
+        let mut reference = memory.redis_unchanged;
+        if reference.is_none() && position.acked_until_us > 0 {
+            reference = DateTime::from_timestamp_micros(position.acked_until_us);
+        }
+        if reference.is_none() {
+            reference = stream.get_raw_message(seen.ack_floor).await.ok().map(|message| message.time);
+        }
+        let since = reference.map(|reference| reference - margin);
+        tracing::warn!(
+            since = since.map_or("the beginning of the stream".to_owned(), |since| since.to_rfc3339()),
+            "Redis was restarted or replaced and may have old values; replaying the stream"
+        );
+        counter!(names::REPLAYS, "reason" => "redis").increment(1);
+        let replay = Replay {
+            stream,
+            redis: &self.redis,
+            topic: self.config.topic.as_ref(),
+            max_payload: self.nats.client.server_info().max_payload,
+            progress: &|| health.beat(),
+        };
+        let messages = replay.run(since).await?;
+        tracing::warn!(messages, "replayed the stream");
+        position.instances = instances;
+        memory.redis_unchanged = Some(now);
+        Ok(())
+    }
+
+    async fn replay_margin(&self) -> Result<Duration, LookError> {
+        if let Some(margin) = self.config.replay_margin {
+            return Ok(margin);
+        }
+        let interval = self.redis.longest_snapshot_interval().await?;
+        Ok(interval.unwrap_or_default().max(MIN_REPLAY_MARGIN))
+    }
+}

@@ -1,0 +1,221 @@
+//! The subscriber between NATS and Redis, without Postgres and without a relay: what it takes for a gap and what not, and
+//! what it does then.
+
+use std::process::{Command, Output};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_nats::jetstream::{self, consumer::PullConsumer, stream::Config, stream::Stream};
+use devstack::{Nats, Redis, StackDirectory, eventually};
+use event::{CacheKey, Change, CommittedEvent, Envelope, EventId};
+use tests::{Daemon, SETTLED, program};
+
+/// So long the stream keeps messages where a test waits until they expire: much longer than the subscriber takes between
+/// two looks, even on a busy machine.
+const SHORT: Duration = Duration::from_secs(8);
+
+/// Servers of a subscriber, and nothing else.
+pub(crate) struct Scene {
+    pub(crate) nats: Nats,
+    pub(crate) redis: Redis,
+    pub(crate) jetstream: jetstream::Context,
+    pub(crate) directory: Arc<StackDirectory>,
+}
+
+impl Scene {
+    pub(crate) async fn new() -> Self {
+        let directory = StackDirectory::create().unwrap();
+        let nats = Nats::start_in(&directory, Default::default()).await.unwrap();
+        let redis = Redis::start_in(&directory, Default::default()).await.unwrap();
+        let jetstream = jetstream::new(async_nats::connect(nats.url()).await.unwrap());
+        Self { nats, redis, jetstream, directory }
+    }
+
+    /// The stream as a relay would create it, but for how long it keeps messages.
+    pub(crate) async fn create_stream(&self, max_age: Duration) -> Stream {
+        let config = Config {
+            name: "INVALIDATIONS".to_owned(),
+            subjects: vec!["invalidation.>".to_owned()],
+            max_age,
+            duplicate_window: Duration::from_secs(1),
+            ..Default::default()
+        };
+        self.jetstream.create_stream(config).await.unwrap()
+    }
+
+    fn environment(&self, more: &[(&'static str, String)]) -> Vec<(&'static str, String)> {
+        [&[("NATS_URL", self.nats.url()), ("REDIS_URL", self.redis.url())], more].concat()
+    }
+
+    pub(crate) fn subscriber(&self, more: &[(&'static str, String)]) -> Daemon {
+        Daemon::spawn(&self.directory, "subscriber", &self.environment(more)).unwrap()
+    }
+
+    /// Runs an administrative command of the subscriber and returns what it printed.
+    pub(crate) async fn ask(&self, arguments: &[&str], more: &[(&'static str, String)]) -> String {
+        let mut command = Command::new(program("subscriber").unwrap());
+        command.args(arguments).envs(self.environment(more));
+        let run = move || command.output().unwrap();
+        let output: Output = tokio::task::spawn_blocking(run).await.unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    pub(crate) async fn publish(&self, topic: &str, key: &str) -> u64 {
+        let subject = format!("invalidation.{topic}");
+        self.jetstream.publish(subject, envelope(key).into()).await.unwrap().await.unwrap().sequence
+    }
+
+    pub(crate) async fn fill(&self, key: &str) {
+        self.redis.command(&["SET", key, "cached"]).await.unwrap();
+    }
+
+    pub(crate) async fn until_gone(&self, key: &str) {
+        eventually(SETTLED, async || self.redis.command(&["EXISTS", key]).await.is_ok_and(|n| n == "0"))
+            .await;
+    }
+
+    /// Publishes a message now and then until the task is aborted.
+    fn keep_publishing(&self, topic: &'static str) -> tokio::task::JoinHandle<()> {
+        let jetstream = self.jetstream.clone();
+        tokio::spawn(async move {
+            loop {
+                let _ = jetstream.publish(format!("invalidation.{topic}"), envelope("other").into()).await;
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+    }
+
+    /// Publishes to a topic that nobody takes until everything up to `sequence` has expired.
+    async fn until_expired(&self, stream: &Stream, sequence: u64) {
+        eventually(SETTLED, async || {
+            self.publish("busy", "other").await;
+            let first = stream.get_info().await.map_err(|error| error.to_string())?.state.first_sequence;
+            if first > sequence { Ok(()) } else { Err(format!("{first} of {sequence}")) }
+        })
+        .await;
+    }
+}
+
+fn envelope(key: &str) -> Vec<u8> {
+    let event = CommittedEvent {
+        id: EventId::generate(),
+        keys: vec![CacheKey::new(key).unwrap()],
+        change: Change::Delete,
+        xids: Vec::new(),
+        at_us: chrono::Utc::now().timestamp_micros(),
+        traceparent: None,
+    };
+    Envelope { events: vec![event] }.encode()
+}
+
+fn quiet() -> Vec<(&'static str, String)> {
+    vec![("SUBSCRIBER_TOPIC", "quiet".to_owned())]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_of_other_topics_may_expire_while_the_own_topic_is_quiet() {
+    let scene = Scene::new().await;
+    let stream = scene.create_stream(SHORT).await;
+    let subscriber = scene.subscriber(&quiet());
+    scene.fill("own:1").await;
+    let own = scene.publish("quiet", "own:1").await;
+    scene.until_gone("own:1").await;
+    // Later by more than the stream keeps, and nothing of the own topic since.
+    let mut last = own;
+    for _ in 0..2 {
+        scene.until_expired(&stream, last).await;
+        last = scene.publish("busy", "other").await;
+    }
+    let status = scene.ask(&["status"], &quiet()).await;
+    let lag = status.lines().find(|line| line.starts_with("lag")).unwrap();
+    assert!(!lag.contains("unknown"), "{status}");
+    scene.fill("own:2").await;
+    scene.publish("quiet", "own:2").await;
+    scene.until_gone("own:2").await;
+    subscriber.until_ready().await;
+    assert!(
+        subscriber.metric("subscriber_gaps_total").await.unwrap() < 1.0,
+        "{}",
+        subscriber.process().log()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn message_of_the_own_topic_that_expired_unread_is_a_gap_although_nothing_of_it_is_pending() {
+    let scene = Scene::new().await;
+    let stream = scene.create_stream(SHORT).await;
+    let subscriber = scene.subscriber(&quiet());
+    scene.fill("own:1").await;
+    scene.publish("quiet", "own:1").await;
+    scene.until_gone("own:1").await;
+    subscriber.process().kill().unwrap();
+    scene.fill("own:2").await;
+    let missed = scene.publish("quiet", "own:2").await;
+    scene.until_expired(&stream, missed).await;
+    let consumer: PullConsumer = stream.get_consumer("redis").await.unwrap();
+    assert_eq!(consumer.cached_info().num_pending, 0, "the consumer does not know what it missed");
+    subscriber.process().start().unwrap();
+    let reason = subscriber.until_not_ready_because("missing from the stream for good").await;
+    assert!(reason.contains("expired"), "{reason}");
+    assert!(subscriber.metric("subscriber_halted").await.unwrap() > 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn halted_subscriber_stays_says_why_and_goes_on_when_the_gap_is_accepted() {
+    let scene = Scene::new().await;
+    let stream = scene.create_stream(SHORT).await;
+    let subscriber = scene.subscriber(&[]);
+    scene.fill("before").await;
+    scene.publish("default", "before").await;
+    scene.until_gone("before").await;
+    subscriber.process().kill().unwrap();
+    let missed = scene.publish("default", "missed").await;
+    scene.until_expired(&stream, missed).await;
+    subscriber.process().start().unwrap();
+    let reason = subscriber.until_not_ready_because("missing from the stream for good").await;
+    assert!(reason.contains("SUBSCRIBER_GAP_POLICY") && reason.contains("accept-gap"), "{reason}");
+    assert!(subscriber.metric("subscriber_halted").await.unwrap() > 0.0);
+    let gaps = async || subscriber.metric("subscriber_gaps_total").await.unwrap();
+    assert!((gaps().await - 1.0).abs() < 0.1, "{}", gaps().await);
+
+    // It looks again, and again, and says so once. Nothing is consumed meanwhile, and messages go on expiring.
+    let busy = scene.keep_publishing("busy");
+    scene.fill("after").await;
+    scene.publish("default", "after").await;
+    tokio::time::sleep(Duration::from_secs(11)).await;
+    assert_eq!(scene.redis.command(&["EXISTS", "after"]).await.unwrap(), "1");
+    assert!(gaps().await < 1.5, "one gap is counted once");
+    let said = subscriber.process().log().matches("missing from the stream for good").count();
+    assert_eq!(said, 1, "{}", subscriber.process().log());
+
+    assert!(scene.ask(&["accept-gap"], &[]).await.contains("accepted"));
+    subscriber.until_ready().await;
+    busy.abort();
+    assert!(subscriber.metric("subscriber_halted").await.unwrap() < 1.0);
+    assert!(gaps().await < 1.5, "{}", subscriber.process().log());
+    scene.publish("default", "after").await;
+    scene.until_gone("after").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn durable_that_exists_is_changed_to_what_is_configured_and_keeps_its_place() {
+    let scene = Scene::new().await;
+    let stream = scene.create_stream(Duration::from_secs(600)).await;
+    let subscriber = scene.subscriber(&[]);
+    scene.fill("user:1").await;
+    scene.publish("default", "user:1").await;
+    scene.until_gone("user:1").await;
+    subscriber.process().terminate().await.unwrap();
+    let subscriber = scene.subscriber(&[("SUBSCRIBER_ACK_WAIT", "7s".to_owned())]);
+    subscriber.until_ready().await;
+    let consumer: PullConsumer = stream.get_consumer("redis").await.unwrap();
+    let info = consumer.cached_info();
+    assert_eq!(info.config.ack_wait, Duration::from_secs(7));
+    assert_eq!((info.ack_floor.stream_sequence, info.num_pending), (1, 0));
+    let log = subscriber.process().log();
+    assert!(log.contains("its ack wait is 30s instead of 7s"), "{log}");
+    scene.fill("user:2").await;
+    scene.publish("default", "user:2").await;
+    scene.until_gone("user:2").await;
+}
