@@ -50,6 +50,10 @@ pub struct Committed {
 /// Why a write did not, or may not have, come to pass.
 #[derive(Debug, thiserror::Error)]
 pub enum CommitError {
+    /// Nothing has changed: what was given is a savepoint, that is, was begun in another transaction. It has been rolled
+    /// back; the transaction around it goes on as if it had not been begun. Give that one, once everything is done.
+    #[error("rolled back to the savepoint given, since only the outermost transaction can be committed")]
+    Savepoint,
     /// Nothing has changed: the events could not be enqueued.
     #[error("rolled back, since the events of the transaction could not be enqueued")]
     Enqueue(#[source] EnqueueError),

@@ -6,7 +6,7 @@ use cache::{Acquired, CacheConfig, Fill, LeaseId, LeaseToken, Redis, RedisConfig
 use devstack::eventually;
 use devstack::proxy::{FaultProxy, Mode};
 use outbox::{CacheKey, CommitError, CommitLimits, Event, Marks, Writer};
-use sqlx::{PgPool, Postgres, Transaction};
+use sqlx::{Acquire, PgPool, Postgres, Transaction};
 use tests::Pair;
 
 pub const KEY: &str = "user:1";
@@ -211,6 +211,32 @@ async fn commit_refused_by_a_deferred_constraint_is_rolled_back_and_leaves_no_ma
     assert_eq!(load(&pair.pool).await, "old");
     // Sooner than the resolver would.
     eventually(Duration::from_secs(4), async || grant(&redis).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn savepoint_is_refused_before_anything_is_marked_and_the_transaction_around_it_goes_on() {
+    let pair = pair_with_user().await;
+    pair.relay.process().terminate().await.unwrap();
+    let writer = Writer::new(pair.cache().unwrap());
+    pair.fill(KEY).await.unwrap();
+    let mut tx = rename(&pair.pool, "new").await;
+    for strict in [true, false] {
+        let mut savepoint = tx.begin().await.unwrap();
+        sqlx::query("update users set name = 'never' where id = 1").execute(&mut *savepoint).await.unwrap();
+        let refused = match strict {
+            true => writer.commit_strict(savepoint, &events()).await,
+            false => writer.commit_and_invalidate(savepoint, &events()).await,
+        };
+        let error = refused.unwrap_err();
+        assert!(matches!(error, CommitError::Savepoint) && error.is_rolled_back(), "{error:?}");
+        // Neither marked nor invalidated, which would be too early: the transaction is still open.
+        assert!(pair.is_cached(KEY).await.unwrap());
+        assert_eq!(pair.count("\u{1f}*").await.unwrap(), 1, "only the position of the subscriber");
+    }
+    assert_eq!(outbox::testing::enqueued_keys(&mut tx).await.unwrap(), [] as [&str; 0]);
+    writer.commit_strict(tx, &events()).await.unwrap();
+    assert_eq!(load(&pair.pool).await, "new");
+    assert!(!pair.is_cached(KEY).await.unwrap());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,6 +1,9 @@
 use cache::{Redis, RedisError};
 use event::Event;
+use sqlx::postgres::PgTransactionManager;
 use sqlx::{Postgres, Transaction};
+// The one thing that sqlx does not pass on: how many transactions are open, one inside the other.
+use sqlx_core::transaction::TransactionManager;
 
 use super::marks::within;
 use super::{CommitError, CommitLimits, Committed, Marks, commit, exact_keys, timed_out};
@@ -29,6 +32,8 @@ impl Writer {
     /// Strict write: enqueues `events`, marks their keys, commits, removes the marks. No read that begins after it has
     /// returned finds an older value in the cache, not even for a moment.
     ///
+    /// `tx` is the outermost transaction, not a savepoint that was begun in one.
+    ///
     /// `events` must name every key that the transaction changes; only what is named here is marked, so an event that
     /// was enqueued before, or by a trigger, is delivered in default mode, and so are namespaces. The transaction holds its locks during one
     /// round trip to Redis.
@@ -41,9 +46,10 @@ impl Writer {
     /// clients do, run it in a task of its own.
     pub async fn commit_strict(
         &self,
-        mut tx: Transaction<'_, Postgres>,
+        tx: Transaction<'_, Postgres>,
         events: &[Event],
     ) -> Result<Committed, CommitError> {
+        let mut tx = self.whole(tx).await?;
         let receipts = self.enqueue(&mut tx, events).await?;
         let Some(xid) = receipts.first().map(|receipt| receipt.xid) else {
             commit(tx, self.limits.database).await?;
@@ -70,15 +76,17 @@ impl Writer {
     }
 
     /// Default write: enqueues `events`, commits, then invalidates their keys at once. The event repeats it, in case
-    /// this process dies in between; a reader may see the old value for as long as the round trip takes.
+    /// this process dies in between; a reader may see the old value for as long as the round trip takes. `tx` is the
+    /// outermost transaction, not a savepoint that was begun in one.
     ///
     /// # Errors
     /// [`CommitError`], never [`CommitError::Mark`]: trouble with Redis does not fail the write.
     pub async fn commit_and_invalidate(
         &self,
-        mut tx: Transaction<'_, Postgres>,
+        tx: Transaction<'_, Postgres>,
         events: &[Event],
     ) -> Result<Committed, CommitError> {
+        let mut tx = self.whole(tx).await?;
         let receipts = self.enqueue(&mut tx, events).await?;
         commit(tx, self.limits.database).await?;
         let keys: Vec<_> = events.iter().flat_map(exact_keys).cloned().collect();
@@ -86,6 +94,19 @@ impl Writer {
         let invalidation = async move { redis.invalidate(&keys).await.map(drop) };
         let invalidated = within(self.limits.finish, invalidation).await;
         Ok(Committed { receipts, finished: noted(invalidated, "invalidate keys") })
+    }
+
+    /// Refuses a savepoint, which has the same type. To commit it is to release it: the transaction it belongs to stays
+    /// open, and its marks would be removed before anybody can see what it has changed.
+    async fn whole<'a>(
+        &self,
+        tx: Transaction<'a, Postgres>,
+    ) -> Result<Transaction<'a, Postgres>, CommitError> {
+        if PgTransactionManager::get_transaction_depth(&tx) <= 1 {
+            return Ok(tx);
+        }
+        self.roll_back(tx).await;
+        Err(CommitError::Savepoint)
     }
 
     async fn enqueue(
