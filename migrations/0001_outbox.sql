@@ -139,7 +139,7 @@ comment on column outbox.events.created_at is 'When the event was enqueued, by t
 comment on column outbox.events.namespace is 'Whether every key that begins with one of keys is stale';
 
 create table outbox.dead_letters (
-    id uuid primary key,
+    id uuid not null,
     seq bigint not null,
     topic text not null,
     keys text[] not null,
@@ -151,7 +151,9 @@ create table outbox.dead_letters (
     created_at timestamptz not null,
     namespace boolean not null,
     reason text not null,
-    dead_at timestamptz not null default clock_timestamp()
+    dead_at timestamptz not null default clock_timestamp(),
+    -- A producer may give an id twice; each row is an event of its own.
+    primary key (id, seq)
 );
 
 comment on table outbox.dead_letters is 'Events set aside because publishing them can never succeed; see relay dead';

@@ -265,11 +265,12 @@ impl EnvelopeWriter {
         self.body
     }
 
-    /// A message id (`Nats-Msg-Id`) for an envelope that is not exactly one whole event: a hash of the **body**.
+    /// The message id (`Nats-Msg-Id`) of an envelope: a hash of the **body**.
     ///
-    /// A hash of the event ids alone would be wrong. A batch that was published but not settled is claimed again later,
-    /// perhaps together with newer events on the same keys; were the message id the same, JetStream would take the
-    /// newer events for a duplicate and swallow them. Equal bodies name equal transactions, so swallowing one is safe.
+    /// The ids of the events, or a hash of them, would be wrong. A batch that was published but not settled is claimed again
+    /// later, perhaps together with newer events on the same keys; and a producer may enqueue the same event in two
+    /// transactions. Were the message id the same, JetStream would take the newer events for a duplicate and swallow them.
+    /// Equal bodies name equal transactions, so swallowing one is safe.
     #[must_use]
     pub fn message_id(body: &[u8]) -> String {
         format!("{:032x}", xxhash_rust::xxh3::xxh3_128(body))

@@ -31,7 +31,8 @@ impl Backlog {
 pub async fn measure(pool: &PgPool, count_limit: i64) -> Result<Backlog, sqlx::Error> {
     let row = sqlx::query(
         "select (select count(*) from (select from outbox.events limit $1) counted),
-                (select created_at from outbox.events order by seq limit 1),
+                (select least(greatest(created_at, timestamptz 'epoch'), clock_timestamp())
+                    from outbox.events order by seq limit 1),
                 clock_timestamp()",
     )
     .persistent(false)

@@ -73,6 +73,9 @@ struct Columns {
 pub(crate) const PLANNER: &str =
     "set local enable_seqscan = off; set local enable_bitmapscan = off; set local jit = off";
 
+/// Every row must come out, whatever it holds, or nothing ever would again: arrays in one dimension that begin at 1, and a
+/// time that a client can represent.
+///
 /// Rows are deleted by physical address, which the row lock pins: no second descent of the index. Of the locked rows only
 /// those are taken that fit the byte budget, and always the first; the others are free again at the end of the claim.
 pub(crate) const TAKE: &str = "
@@ -85,7 +88,9 @@ pub(crate) const TAKE: &str = "
             ) locked
         ) measured where bytes_before < $3))
     returning seq, id, topic,
-        case array_ndims(keys) when 1 then keys else array(select unnest(keys)) end, value, version, ttl_ms, xid::text::bigint, traceparent, created_at, namespace";
+        case when array_ndims(keys) = 1 and array_lower(keys, 1) = 1 then keys else array(select unnest(keys)) end,
+        value, version, ttl_ms, xid::text::bigint, traceparent,
+        least(greatest(created_at, timestamptz 'epoch'), clock_timestamp()), namespace";
 
 /// How long [`wait_for_events`] stays in the server when nothing comes: short enough for a relay that is to drain or to
 /// sweep, and long enough to cost next to nothing.
@@ -183,7 +188,7 @@ pub(crate) async fn set_aside(
             "insert into outbox.dead_letters
                 (id, seq, topic, keys, value, version, ttl_ms, xid, traceparent, created_at, namespace, reason)
              values ($1, $2, $3, $4, $5, $6, $7, $8::text::xid8, $9, $10, $11, $12)
-             on conflict (id) do update set seq = excluded.seq, reason = excluded.reason, dead_at = clock_timestamp()",
+             on conflict (id, seq) do update set reason = excluded.reason, dead_at = clock_timestamp()",
         )
         .persistent(prepared)
         .bind(row.id)

@@ -1,7 +1,9 @@
 //! What was published lately: kept in case the broker loses it, and given to it again when it did.
 //!
-//! A stream is known by its creation time. An envelope that was acknowledged by another stream than the present one,
-//! or with a sequence the present one has not reached, is lost there.
+//! A stream is known by its creation time, and what it holds by the envelope that it gave its highest sequence. An
+//! envelope that was acknowledged by another stream than the present one, or with a sequence that the present one has not
+//! reached or has given to another message since, is lost there. It is marked as lost before anything is published, since
+//! every message makes the stream look more like what it was.
 
 use std::time::Duration;
 
@@ -50,8 +52,8 @@ pub struct Coverage {
 /// How long rotation waits for a lock before it leaves the turn to the next attempt: claims must never queue behind it.
 const ROTATE_LOCK_TIMEOUT: &str = "set local lock_timeout = '200ms'";
 
-/// Two relays must not both republish; the number only has to differ from other users of advisory locks.
-const REPUBLISH_LOCK: i64 = 0x6f75_7462_6f78_0001;
+/// Since when everything is retained, if nothing is: never.
+const NEVER: &str = "timestamptz '9999-01-01 00:00:00+00'";
 
 impl Claim {
     /// Keeps the acknowledged envelopes, in the transaction that settles their rows.
@@ -131,98 +133,164 @@ pub async fn rotate(pool: &PgPool, window: Duration) -> Result<bool, sqlx::Error
     Ok(true)
 }
 
-/// Whether the stream is new to the relays, or lacks something that is retained.
+/// Everything that is published from now on is retained: to be said again and again by relays that do.
 ///
 /// # Errors
 /// Whatever the database says.
-pub async fn is_incomplete(pool: &PgPool, stream: StreamPosition) -> Result<bool, sqlx::Error> {
-    sqlx::query(
-        "select not exists (select from outbox.streams where created = $1)
-             or exists (select from outbox.published where stream_created < $1)
-             or exists (select from outbox.published where stream_created > $1)
-             or exists (select from outbox.published where stream_created = $1 and stream_seq > $2)",
+pub async fn keep(pool: &PgPool) -> Result<(), sqlx::Error> {
+    let sql = format!(
+        "update outbox.retention set retained_since = clock_timestamp(), rotated_at = clock_timestamp()
+         where retained_since >= {NEVER}"
+    );
+    sqlx::query(AssertSqlSafe(sql)).persistent(false).execute(pool).await.map(drop)
+}
+
+/// Nothing is retained: to be said again and again by relays that publish without.
+///
+/// # Errors
+/// Whatever the database says.
+pub async fn keep_nothing(pool: &PgPool) -> Result<(), sqlx::Error> {
+    let sql = format!("update outbox.retention set retained_since = {NEVER} where retained_since < {NEVER}");
+    sqlx::query(AssertSqlSafe(sql)).persistent(false).execute(pool).await.map(drop)
+}
+
+/// What a stream must hold if it still holds all that it acknowledged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Newest {
+    /// Its highest sequence that is retained.
+    pub stream_seq: i64,
+    /// The message ids retained for it: one of them is that of the message.
+    pub message_ids: Vec<String>,
+}
+
+/// The newest envelope that the stream created at `created` acknowledged, if any is retained.
+///
+/// # Errors
+/// Whatever the database says.
+pub async fn newest(pool: &PgPool, created: DateTime<Utc>) -> Result<Option<Newest>, sqlx::Error> {
+    let row = sqlx::query(
+        "select stream_seq, array_agg(message_id) from outbox.published
+         where stream_created = $1 and stream_seq = (
+            select stream_seq from outbox.published where stream_created = $1 order by stream_seq desc limit 1)
+         group by stream_seq",
+    )
+    .persistent(false)
+    .bind(created)
+    .fetch_optional(pool)
+    .await?;
+    row.map(|row| Ok(Newest { stream_seq: row.try_get(0)?, message_ids: row.try_get(1)? })).transpose()
+}
+
+/// Marks what the stream acknowledged with a sequence above `last_seq` as lost, for good until it is published again.
+/// Says how many envelopes that are.
+///
+/// # Errors
+/// Whatever the database says.
+pub async fn mark_lost(pool: &PgPool, stream: StreamPosition) -> Result<u64, sqlx::Error> {
+    let done = sqlx::query(
+        "update outbox.published set stream_created = '-infinity' where stream_created = $1 and stream_seq > $2",
     )
     .persistent(false)
     .bind(stream.created)
     .bind(stream.last_seq)
+    .execute(pool)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+/// Whether the stream created at `created` is new to the relays, or lacks something that is retained.
+///
+/// # Errors
+/// Whatever the database says.
+pub async fn is_incomplete(pool: &PgPool, created: DateTime<Utc>) -> Result<bool, sqlx::Error> {
+    sqlx::query(
+        "select not exists (select from outbox.streams where created = $1)
+             or exists (select from outbox.published where stream_created < $1)
+             or exists (select from outbox.published where stream_created > $1)",
+    )
+    .persistent(false)
+    .bind(created)
     .fetch_one(pool)
     .await?
     .try_get(0)
 }
 
-/// A republication in progress, by one relay at a time.
+/// Envelopes that a stream lacks, in the hands of one relay.
 #[derive(Debug)]
-pub struct Republication {
+pub struct Lost {
     tx: Transaction<'static, Postgres>,
-    stream: StreamPosition,
+    created: DateTime<Utc>,
+    /// Where they are: partition and address.
+    places: Vec<(i16, String)>,
+    /// The envelopes.
+    pub envelopes: Vec<Published>,
 }
 
-impl Republication {
-    /// Starts one; `None` while another relay is at it.
+impl Lost {
+    /// Takes up to `limit` envelopes that the stream created at `created` lacks and no other relay has in hand; `None` if
+    /// there are none. The server takes them back if the relay hangs for longer than `lease`.
     ///
     /// # Errors
     /// Whatever the database says.
-    pub async fn begin(pool: &PgPool, stream: StreamPosition) -> Result<Option<Self>, sqlx::Error> {
-        // One snapshot for the cursor and for the final update: what a claim settles meanwhile under the old identity is
-        // in neither, so it stays marked as lost and is found the next time.
-        let mut tx = pool.begin_with("begin isolation level repeatable read").await?;
-        let mine: bool = sqlx::query("select pg_try_advisory_xact_lock($1)")
+    pub async fn take(
+        pool: &PgPool,
+        created: DateTime<Utc>,
+        limit: u16,
+        lease: Duration,
+    ) -> Result<Option<Self>, sqlx::Error> {
+        let lease_ms = lease.as_millis().max(1);
+        let begin = format!("begin; set local idle_in_transaction_session_timeout = {lease_ms}");
+        let mut tx = pool.begin_with(AssertSqlSafe(begin)).await?;
+        // Two ranges of the index rather than one condition that has to look at everything.
+        for side in ["<", ">"] {
+            let rows = sqlx::query(AssertSqlSafe(format!(
+                "select subject, message_id, traceparent, events, body, stream_seq, half, ctid::text
+                 from outbox.published where stream_created {side} $1
+                 order by stream_created, stream_seq limit $2 for update skip locked"
+            )))
             .persistent(false)
-            .bind(REPUBLISH_LOCK)
-            .fetch_one(&mut *tx)
-            .await?
-            .try_get(0)?;
-        if !mine {
-            return Ok(None);
-        }
-        // A cursor, so that memory stays bounded however much is retained.
-        sqlx::query(AssertSqlSafe(format!(
-            "declare lost no scroll cursor for
-             select subject, message_id, traceparent, events, body, stream_seq from outbox.published
-             where stream_created <> '{created}' or stream_seq > {last_seq} order by published_at",
-            created = stream.created.to_rfc3339(),
-            last_seq = stream.last_seq,
-        )))
-        .persistent(false)
-        .execute(&mut *tx)
-        .await?;
-        Ok(Some(Self { tx, stream }))
-    }
-
-    /// The next envelopes that the stream lacks, up to `limit`; none when all were returned.
-    ///
-    /// # Errors
-    /// Whatever the database says.
-    pub async fn next(&mut self, limit: u16) -> Result<Vec<Published>, sqlx::Error> {
-        let rows = sqlx::query(AssertSqlSafe(format!("fetch {limit} from lost")))
-            .persistent(false)
-            .fetch_all(&mut *self.tx)
+            .bind(created)
+            .bind(i64::from(limit))
+            .fetch_all(&mut *tx)
             .await?;
-        rows.iter().map(published).collect()
+            if !rows.is_empty() {
+                let envelopes = rows.iter().map(published).collect::<Result<_, _>>()?;
+                let place = |row: &PgRow| Ok((row.try_get(6)?, row.try_get(7)?));
+                let places = rows.iter().map(place).collect::<Result<_, sqlx::Error>>()?;
+                return Ok(Some(Self { tx, created, places, envelopes }));
+            }
+        }
+        Ok(None)
     }
 
-    /// Records that the stream has acknowledged them all, the last one at or before sequence `last_seq`.
+    /// Records that the stream has acknowledged them all, the last one at sequence `last_seq`.
     ///
     /// # Errors
     /// Whatever the database says; the envelopes are then published once more later, which is harmless.
-    pub async fn finish(mut self, last_seq: i64) -> Result<(), sqlx::Error> {
-        sqlx::query("close lost").persistent(false).execute(&mut *self.tx).await?;
-        sqlx::query(
-            "update outbox.published set stream_created = $1, stream_seq = $3
-             where stream_created <> $1 or stream_seq > $2",
-        )
-        .persistent(false)
-        .bind(self.stream.created)
-        .bind(self.stream.last_seq)
-        .bind(last_seq)
-        .execute(&mut *self.tx)
-        .await?;
-        record_stream(&mut self.tx, self.stream.created).await?;
+    pub async fn settle(mut self, last_seq: i64) -> Result<(), sqlx::Error> {
+        for half in [0, 1] {
+            let places = self.places.iter().filter(|(of, _)| *of == half).map(|(_, place)| place.as_str());
+            sqlx::query(
+                "update outbox.published set stream_created = $1, stream_seq = $2
+                 where half = $3 and ctid = any($4::text[]::tid[])",
+            )
+            .persistent(false)
+            .bind(self.created)
+            .bind(last_seq)
+            .bind(half)
+            .bind(places.collect::<Vec<_>>())
+            .execute(&mut *self.tx)
+            .await?;
+        }
         self.tx.commit().await
     }
 }
 
-async fn record_stream(connection: &mut PgConnection, created: DateTime<Utc>) -> Result<(), sqlx::Error> {
+/// Records that the stream created at `created` has everything that is retained.
+///
+/// # Errors
+/// Whatever the database says.
+pub async fn complete(pool: &PgPool, created: DateTime<Utc>) -> Result<(), sqlx::Error> {
     sqlx::query(
         "insert into outbox.streams (created, complete_since)
          select $1, retained_since from outbox.retention
@@ -230,7 +298,7 @@ async fn record_stream(connection: &mut PgConnection, created: DateTime<Utc>) ->
     )
     .persistent(false)
     .bind(created)
-    .execute(connection)
+    .execute(pool)
     .await
     .map(drop)
 }

@@ -12,6 +12,8 @@ use service::Shutdown;
 use service::nats::Nats;
 use sqlx::PgPool;
 
+use crate::database::{PATIENCE, within};
+
 /// Relays share the questions between them.
 const QUEUE_GROUP: &str = "relay";
 
@@ -55,7 +57,7 @@ async fn answer(pool: &PgPool, subject: &str, question: &[u8]) -> anyhow::Result
 
 async fn coverage(pool: &PgPool, question: CoverageRequest) -> anyhow::Result<CoverageReply> {
     let created = DateTime::from_timestamp_micros(question.stream_created_us).unwrap_or_default();
-    let coverage = retention::coverage(pool, created).await?;
+    let coverage = within(PATIENCE, retention::coverage(pool, created)).await?;
     Ok(CoverageReply {
         complete_since_us: coverage.complete_since.map(|time| time.timestamp_micros()),
         retained_since_us: coverage.retained_since.timestamp_micros(),
@@ -64,5 +66,5 @@ async fn coverage(pool: &PgPool, question: CoverageRequest) -> anyhow::Result<Co
 
 async fn outcomes(pool: &PgPool, question: OutcomeRequest) -> anyhow::Result<OutcomeReply> {
     let xids: Vec<Xid> = question.xids.into_iter().take(MAX_OUTCOMES).map(Xid).collect();
-    Ok(OutcomeReply { outcomes: outcome::outcomes(pool, &xids).await? })
+    Ok(OutcomeReply { outcomes: within(PATIENCE, outcome::outcomes(pool, &xids)).await? })
 }

@@ -1,16 +1,70 @@
 //! The relay's connections to Postgres.
 
 use std::str::FromStr;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
+use chrono::Utc;
 use outbox::SchemaState;
 use service::{Backoff, SecretUrl};
-use sqlx::PgPool;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use tokio::time::Instant;
+use sqlx::{Connection, PgConnection, PgPool};
+use tokio::time::{Instant, timeout};
 
 /// How long to wait for a connection before a claim counts as failed.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a suspect connection may take to answer.
+const RELEASE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long Postgres may take to answer what should take milliseconds.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a connection is suspect after one of the pool fell silent.
+const SUSPECT_FOR: Duration = Duration::from_mins(1);
+
+/// When a connection last fell silent, in seconds since the Unix epoch. One pool a process.
+static SILENT_AT: AtomicI64 = AtomicI64::new(i64::MIN);
+
+/// Waits for an answer for `patience` at most. A host that lost its power, or a firewall that forgot the connection, says
+/// nothing, and nothing else would notice: the connection is closed then, rather than returned to the pool.
+///
+/// # Errors
+/// What the database says, or [`sqlx::Error::Io`] of the kind `TimedOut`.
+pub async fn within<T, E: From<sqlx::Error>>(
+    patience: Duration,
+    answer: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    tokio::pin!(answer);
+    tokio::select! {
+        answered = &mut answer => answered,
+        () = tokio::time::sleep(patience) => {
+            // Before the future is dropped, and its connection with it.
+            SILENT_AT.store(Utc::now().timestamp(), Ordering::Relaxed);
+            let silence = format!("no answer within {patience:?}");
+            let error = std::io::Error::new(std::io::ErrorKind::TimedOut, silence);
+            Err(sqlx::Error::Io(error).into())
+        }
+    }
+}
+
+/// Whether a connection may go back to the pool. The pool asks the server, and would wait for ever for one that is silent.
+async fn check_release(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    let silent_for = Utc::now().timestamp().saturating_sub(SILENT_AT.load(Ordering::Relaxed));
+    if silent_for.unsigned_abs() > SUSPECT_FOR.as_secs() {
+        return Ok(true);
+    }
+    let answered = timeout(RELEASE_PATIENCE, connection.ping()).await;
+    answered.unwrap_or_else(|_| Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()))?;
+    Ok(true)
+}
+
+/// Closes the pool. Connections that are stuck are left to the end of the process.
+pub async fn close(pool: &PgPool) {
+    if timeout(RELEASE_PATIENCE, pool.close()).await.is_err() {
+        tracing::warn!("connections to Postgres do not close; leaving them");
+    }
+}
 
 /// Why the database cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +130,7 @@ pub async fn connect(url: &SecretUrl, connections: u32, patience: Duration) -> R
             .acquire_timeout(ACQUIRE_TIMEOUT)
             // A ping before every claim would double its round trips; a dead connection shows soon enough.
             .test_before_acquire(false)
+            .after_release(|connection, _| Box::pin(check_release(connection)))
             .connect_with(options.clone())
             .await;
         let source = match pool {

@@ -7,6 +7,7 @@ use outbox::{backlog, dead_letters};
 use service::Shutdown;
 use sqlx::PgPool;
 
+use crate::database::{PATIENCE, within};
 use crate::metrics as names;
 
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -25,7 +26,7 @@ pub async fn run(pool: PgPool, shutdown: Shutdown) {
             gauge!(names::DEAD_LETTERS_WAITING).set(dead_letters::count(&pool).await? as f64);
             Ok::<_, sqlx::Error>(())
         };
-        if let Err(error) = measured.await {
+        if let Err(error) = within(PATIENCE, measured).await {
             tracing::debug!(%error, "could not measure the backlog");
         }
         tokio::select! {

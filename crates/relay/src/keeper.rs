@@ -4,15 +4,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream;
+use async_nats::jetstream::stream::RawMessageErrorKind;
+use chrono::{DateTime, Utc};
+use event::nats::STREAM;
 use futures::{StreamExt, TryStreamExt, stream};
 use metrics::{counter, gauge};
-use outbox::retention::{self, Republication};
-use service::nats::Nats;
+use outbox::retention::{self, Lost, Newest, StreamPosition};
+use service::nats::{Link, Nats};
 use service::{Backoff, Component, Shutdown};
 use sqlx::PgPool;
 use tokio::sync::{Notify, watch};
 
 use crate::Config;
+use crate::database::{PATIENCE, within};
 use crate::metrics as names;
 use crate::publisher::{PublishError, publish_again};
 use crate::stream::{self as nats_stream, StreamError, Usable};
@@ -58,9 +62,11 @@ impl Keeper {
     /// Looks after the stream until shutdown is requested.
     pub async fn run(self, health: Component, shutdown: Shutdown) {
         let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
+        // The connection since which the content of the stream is known to be what it was.
+        let mut known_since = None;
         while !shutdown.is_requested() {
             let link = self.nats.link();
-            let pause = match self.look().await {
+            let pause = match self.look(&mut known_since, link, &health).await {
                 Ok(()) => {
                     retry.reset();
                     health.ready();
@@ -82,6 +88,7 @@ impl Keeper {
                 () = self.nats.lost_since(link) => {
                     self.withdraw();
                     health.not_ready("NATS is not connected");
+                    health.idle();
                     tokio::select! {
                         () = shutdown.requested() => {}
                         () = self.nats.connected() => {}
@@ -98,58 +105,131 @@ impl Keeper {
         self.stream.send_replace(None);
     }
 
-    async fn look(&self) -> Result<(), KeeperError> {
-        let max_payload = self.nats.client.server_info().max_payload;
-        let usable = nats_stream::ensure(&self.jetstream, &self.config, max_payload).await?;
-        if self.config.retention().is_some() && retention::is_incomplete(&self.pool, usable.position).await? {
-            self.republish(usable).await?;
+    async fn look(
+        &self,
+        known_since: &mut Option<Link>,
+        link: Link,
+        health: &Component,
+    ) -> Result<(), KeeperError> {
+        let usable = self.ensure().await?;
+        let created = usable.position.created;
+        match self.config.retention() {
+            None => within(PATIENCE, retention::keep_nothing(&self.pool)).await?,
+            Some(_) => {
+                within(PATIENCE, retention::keep(&self.pool)).await?;
+                self.find_losses(usable.position, *known_since != Some(link)).await?;
+                if within(PATIENCE, retention::is_incomplete(&self.pool, created)).await? {
+                    self.republish(created, health).await?;
+                }
+            }
         }
+        *known_since = Some(link);
         if self.stream.borrow().is_none_or(|known| !same_stream(known, usable)) {
             self.stream.send_replace(Some(usable));
         }
         gauge!(names::CONNECTED).set(1.0);
-        if let Some(window) = self.config.retention()
-            && retention::rotate(&self.pool, window).await?
-        {
-            tracing::debug!("turned the retention of published messages");
+        if let Some(window) = self.config.retention() {
+            self.rotate(window).await;
         }
         Ok(())
     }
 
-    /// Publishes what the stream lacks. One relay at a time; the others go on publishing new events meanwhile.
-    async fn republish(&self, usable: Usable) -> Result<(), KeeperError> {
-        let Some(mut republication) = Republication::begin(&self.pool, usable.position).await? else {
-            return Ok(());
+    async fn ensure(&self) -> Result<Usable, StreamError> {
+        let max_payload = self.nats.client.server_info().max_payload;
+        nats_stream::ensure(&self.jetstream, &self.config, max_payload).await
+    }
+
+    /// Marks what the stream has acknowledged and does not hold any more. Its end tells most of it; after the connection
+    /// was lost also the newest message that it should hold, since it may have been filled again by what was on its way.
+    async fn find_losses(&self, stream: StreamPosition, look_inside: bool) -> Result<(), KeeperError> {
+        let newest = within(PATIENCE, retention::newest(&self.pool, stream.created)).await?;
+        let Some(newest) = newest else { return Ok(()) };
+        let mut last_seq = stream.last_seq;
+        if newest.stream_seq > last_seq {
+            // Another relay may have published and settled between the two looks.
+            let again = self.ensure().await?.position;
+            if again.created != stream.created {
+                return Ok(());
+            }
+            last_seq = again.last_seq;
+        }
+        if newest.stream_seq <= last_seq {
+            if !look_inside || self.holds(&newest).await {
+                return Ok(());
+            }
+            // Where it parts from what it was is not known: all of it is in doubt.
+            last_seq = 0;
+        }
+        let position = StreamPosition { last_seq, ..stream };
+        let messages = within(PATIENCE, retention::mark_lost(&self.pool, position)).await?;
+        counter!(names::STREAM_LOSSES).increment(1);
+        tracing::warn!(
+            messages,
+            "the stream lacks messages it had acknowledged; publishing what is retained again"
+        );
+        Ok(())
+    }
+
+    /// Whether the message at the newest sequence is the one that was published. In doubt it is: it may have expired.
+    async fn holds(&self, newest: &Newest) -> bool {
+        let sequence = newest.stream_seq.unsigned_abs();
+        let stream = match self.jetstream.get_stream_no_info(STREAM).await {
+            Ok(stream) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "cannot look into the stream");
+                return true;
+            }
         };
-        let mut messages = 0_u64;
-        let mut last_seq = usable.position.last_seq;
-        loop {
-            let batch = republication.next(REPUBLISH_BATCH).await?;
-            if batch.is_empty() {
-                break;
+        match stream.get_raw_message(sequence).await {
+            Ok(message) => {
+                let id = message.headers.get("Nats-Msg-Id").map(ToString::to_string).unwrap_or_default();
+                newest.message_ids.contains(&id)
             }
-            if messages == 0 {
-                counter!(names::STREAM_LOSSES).increment(1);
+            Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => true,
+            Err(error) => {
                 tracing::warn!(
-                    "the stream lacks messages it had acknowledged; publishing what is retained again"
+                    %error,
+                    "cannot look into the stream; the NATS user needs permission to publish on $JS.API.STREAM.MSG.GET.{STREAM}"
                 );
+                true
             }
-            messages += batch.len() as u64;
-            let publishes = batch.into_iter().map(|message| {
+        }
+    }
+
+    /// Publishes what the stream lacks. Other relays may do so as well, and go on publishing new events meanwhile.
+    async fn republish(&self, created: DateTime<Utc>, health: &Component) -> Result<(), KeeperError> {
+        let publish_timeout = self.config.publish_timeout;
+        let lease = publish_timeout * 2 + PATIENCE;
+        let mut messages = 0_u64;
+        while let Some(mut lost) =
+            within(PATIENCE, Lost::take(&self.pool, created, REPUBLISH_BATCH, lease)).await?
+        {
+            let publishes = std::mem::take(&mut lost.envelopes).into_iter().map(|message| {
                 let jetstream = self.jetstream.clone();
-                let timeout = self.config.publish_timeout;
-                async move { publish_again(&jetstream, &message, timeout).await }
+                async move { publish_again(&jetstream, &message, publish_timeout).await }
             });
             let acknowledged: Vec<i64> =
                 stream::iter(publishes).buffer_unordered(usize::from(REPUBLISH_BATCH)).try_collect().await?;
-            last_seq = acknowledged.into_iter().fold(last_seq, i64::max);
+            messages += acknowledged.len() as u64;
+            counter!(names::REPUBLISHED).increment(acknowledged.len() as u64);
+            let last_seq = acknowledged.into_iter().max().unwrap_or_default();
+            within(PATIENCE, lost.settle(last_seq)).await?;
+            health.beat();
         }
-        republication.finish(last_seq).await?;
+        within(PATIENCE, retention::complete(&self.pool, created)).await?;
         if messages > 0 {
-            counter!(names::REPUBLISHED).increment(messages);
             tracing::warn!(messages, "published retained messages again");
         }
         Ok(())
+    }
+
+    /// Never in the way of publishing: somebody who reads what is retained, such as a backup, delays it.
+    async fn rotate(&self, window: Duration) {
+        match within(PATIENCE, retention::rotate(&self.pool, window)).await {
+            Ok(true) => tracing::debug!("turned the retention of published messages"),
+            Ok(false) => {}
+            Err(error) => tracing::debug!(%error, "could not turn the retention of published messages"),
+        }
     }
 }
 

@@ -169,13 +169,13 @@ struct Batch<'a> {
     limits: Limits,
     writer: EnvelopeWriter,
     rows: usize,
-    /// Identity and trace of the event, while the message is exactly one whole event.
-    single: Option<(String, Option<String>)>,
+    /// Trace of the event, while the message is exactly one whole event.
+    trace: Option<String>,
 }
 
 impl<'a> Batch<'a> {
     fn new(topic: &'a Topic, limits: Limits) -> Self {
-        Self { topic, limits, writer: EnvelopeWriter::new(limits.bytes), rows: 0, single: None }
+        Self { topic, limits, writer: EnvelopeWriter::new(limits.bytes), rows: 0, trace: None }
     }
 
     /// Adds `keys` of an entry, in a message of its own or split over several where they are too many.
@@ -187,10 +187,8 @@ impl<'a> Batch<'a> {
         if self.writer.push(entry.wire(keys)) {
             self.rows += rows;
             let alone = self.writer.events() == 1 && whole && entry.is_untouched();
-            self.single = alone.then(|| {
-                let event = &entry.claimed.event;
-                (event.id.to_string(), event.traceparent.as_ref().map(|parent| parent.as_str().to_owned()))
-            });
+            let traceparent = entry.claimed.event.traceparent.as_ref().filter(|_| alone);
+            self.trace = traceparent.map(|parent| parent.as_str().to_owned());
         } else if self.writer.events() > 0 {
             self.close(packing);
             self.add(entry, keys, rows, whole, packing);
@@ -207,12 +205,12 @@ impl<'a> Batch<'a> {
     fn close(&mut self, packing: &mut Packing) {
         let writer = std::mem::replace(&mut self.writer, EnvelopeWriter::new(self.limits.bytes));
         let rows = std::mem::take(&mut self.rows);
-        let single = self.single.take();
+        let traceparent = self.trace.take();
         if writer.events() == 0 {
             return;
         }
         let body = Bytes::from(writer.finish());
-        let (message_id, traceparent) = single.unwrap_or_else(|| (EnvelopeWriter::message_id(&body), None));
+        let message_id = EnvelopeWriter::message_id(&body);
         packing.messages.push(Packed { topic: self.topic.clone(), message_id, traceparent, body, rows });
     }
 }
@@ -261,15 +259,24 @@ mod tests {
     }
 
     #[test]
-    fn a_message_with_one_whole_event_has_its_id_and_any_other_a_hash_of_the_body() {
-        let rows = [row(1, 10, &["a"])];
-        assert_eq!(pack(&rows, ROOMY).messages[0].message_id, rows[0].event.id.to_string());
-        // Published but not settled, then claimed again beside a younger event on the same key: the younger one must
-        // not be taken for a duplicate.
-        let again = [row(1, 10, &["a"]), row(2, 11, &["a"])];
-        let message = &pack(&again, ROOMY).messages[0];
-        assert_ne!(message.message_id, again[0].event.id.to_string());
-        assert_eq!(decoded(&pack(&again, ROOMY))[0].xids, [10, 11]);
+    fn a_message_is_a_duplicate_only_of_one_from_the_same_transactions() {
+        let id = |rows: &[Claimed]| pack(rows, ROOMY).messages[0].message_id.clone();
+        let first = row(1, 10, &["a"]);
+        // Published but not settled, then claimed again: JetStream is to know it.
+        let mut again = row(1, 10, &["a"]);
+        again.event.id = first.event.id;
+        assert_eq!(id(&[first]), id(&[again]));
+        // Claimed again beside a younger event on the same key: that one must not be taken for a duplicate.
+        let (mut older, younger) = (row(1, 10, &["a"]), row(2, 11, &["a"]));
+        let both = [row(1, 10, &["a"]), row(2, 11, &["a"])];
+        assert_eq!(decoded(&pack(&both, ROOMY))[0].xids, [10, 11]);
+        assert_ne!(id(&both), id(&[older]));
+        // Nor one that a producer enqueued with the same id in another transaction.
+        older = row(2, 11, &["a"]);
+        older.event.id = younger.event.id;
+        let mut same_id = row(1, 10, &["a"]);
+        same_id.event.id = younger.event.id;
+        assert_ne!(id(&[same_id]), id(&[older]));
     }
 
     #[test]

@@ -2,6 +2,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream;
+use event::nats::STREAM;
 use rules::Rules;
 use service::nats::Nats;
 use service::{Health, HttpServer, Limits, Metrics, Shutdown, UsageError, drain};
@@ -45,6 +46,13 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     let nats = Nats::connect(&config.nats, "relay", config.startup_timeout).await?;
     let jetstream = jetstream_context(&nats, &config);
     stream::ensure(&jetstream, &config, nats.client.server_info().max_payload).await?;
+    if let Ok(existing) = jetstream.get_stream(STREAM).await {
+        for difference in stream::differences(&existing.cached_info().config, &config) {
+            tracing::warn!(
+                "{difference}: it applies when the stream is created; change it with `nats stream edit {STREAM}`"
+            );
+        }
+    }
 
     let metrics = Metrics::install()?;
     crate::metrics::describe();
@@ -101,7 +109,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     health.draining();
     drain("claims in flight", async { tasks.wait().await }, config.service.drain_timeout).await;
     http.stop().await;
-    pool.close().await;
+    database::close(&pool).await;
     Ok(())
 }
 

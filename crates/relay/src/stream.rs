@@ -41,6 +41,32 @@ pub enum StreamError {
     },
 }
 
+/// Options that have their effect only when the stream is created, and differ now: it is not for a restart of a relay to
+/// change a stream, which may drop messages.
+#[must_use]
+pub fn differences(actual: &StreamConfig, config: &Config) -> Vec<String> {
+    let wanted = wanted(config);
+    let mut found = Vec::new();
+    if actual.max_age != wanted.max_age {
+        found.push(format!("RELAY_STREAM_MAX_AGE is {:?}, max_age {:?}", wanted.max_age, actual.max_age));
+    }
+    if actual.num_replicas != wanted.num_replicas {
+        found.push(format!(
+            "RELAY_STREAM_REPLICAS is {}, replicas {}",
+            wanted.num_replicas, actual.num_replicas
+        ));
+    }
+    if actual.max_bytes.max(-1) != wanted.max_bytes {
+        let limit = |bytes| if bytes > 0 { format!("{bytes}") } else { "not set".to_owned() };
+        found.push(format!(
+            "RELAY_STREAM_MAX_BYTES is {}, max_bytes {}",
+            limit(wanted.max_bytes),
+            limit(actual.max_bytes)
+        ));
+    }
+    found
+}
+
 /// What the workers need to know of the stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Usable {
@@ -144,7 +170,9 @@ pub fn unsafe_options(actual: &StreamConfig) -> Vec<String> {
     );
     check(actual.retention == RetentionPolicy::Limits, "retention is not limits");
     check(!actual.no_ack, "no_ack is set, publishing could never be confirmed");
-    let limited = actual.max_bytes > 0 || actual.max_messages > 0 || actual.max_messages_per_subject > 0;
+    // It drops the oldest message of the subject whatever discard says.
+    check(actual.max_messages_per_subject <= 0, "it has max_msgs_per_subject, set it to -1");
+    let limited = actual.max_bytes > 0 || actual.max_messages > 0;
     check(
         !limited || actual.discard == DiscardPolicy::New,
         "it has a size limit with discard=old, a full stream would drop invalidations nobody has read; set discard=new",

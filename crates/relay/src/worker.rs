@@ -11,6 +11,7 @@ use service::{Backoff, Component, Shutdown, failpoint};
 use sqlx::PgPool;
 use tokio::sync::{Notify, watch};
 
+use crate::database::{PATIENCE, within};
 use crate::metrics as names;
 use crate::pace::FromSeq;
 use crate::packing::{Limits, pack};
@@ -31,6 +32,9 @@ const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
 
 /// Time for the statements of a claim on top of the time for publishing, before the server takes the rows back.
 const LEASE_MARGIN: Duration = Duration::from_secs(5);
+
+/// How long Postgres may take to answer a wait that it is to end after a quarter of a second.
+const WAIT_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What all workers share.
 #[derive(Debug)]
@@ -161,6 +165,7 @@ async fn usable(shared: &Shared, health: &Component, shutdown: &Shutdown) -> boo
         return true;
     }
     health.not_ready("NATS is not connected or the stream is not usable; events wait in the outbox");
+    health.idle();
     let mut stream = shared.stream.clone();
     tokio::select! {
         () = shutdown.requested() => {}
@@ -171,6 +176,7 @@ async fn usable(shared: &Shared, health: &Component, shutdown: &Shutdown) -> boo
             }
         }
     }
+    health.beat();
     false
 }
 
@@ -212,7 +218,8 @@ async fn recover(
 async fn wait_and_cycle(shared: &Shared, from: i64) -> Result<Option<Cycle>, CycleError> {
     counter!(names::STATEMENTS).increment(1);
     let Config { poll_min, poll_max, .. } = shared.config;
-    if wait_for_events(&shared.pool, from, poll_min, poll_max).await? {
+    let waiting = wait_for_events(&shared.pool, from, poll_min, poll_max);
+    if within(WAIT_PATIENCE, waiting).await? {
         return cycle(shared, from).await.map(Some);
     }
     counter!(names::CLAIMS, "result" => "empty").increment(1);
@@ -230,11 +237,11 @@ async fn cycle(shared: &Shared, from: i64) -> Result<Cycle, CycleError> {
     };
     let started = Instant::now();
     let lease = shared.config.publish_timeout + LEASE_MARGIN;
-    let (mut claim, claimed, mut poison) = Claim::take(&shared.pool, options, lease).await?;
+    let (mut claim, claimed, mut poison) = within(lease, Claim::take(&shared.pool, options, lease)).await?;
     counter!(names::STATEMENTS).increment(3);
     let rows = claimed.len() + poison.len();
     if rows == 0 {
-        claim.give_back().await?;
+        within(PATIENCE, claim.give_back()).await?;
         counter!(names::CLAIMS, "result" => "empty").increment(1);
         return Ok(Cycle { rows, full: false, last_seq: None });
     }
@@ -252,10 +259,10 @@ async fn cycle(shared: &Shared, from: i64) -> Result<Cycle, CycleError> {
         set_aside(&mut claim, &poison).await?;
     }
     if shared.config.retention().is_some() && !published.is_empty() {
-        claim.retain(stream.position.created, &published).await?;
+        within(PATIENCE, claim.retain(stream.position.created, &published)).await?;
         counter!(names::STATEMENTS).increment(1);
     }
-    claim.settle().await?;
+    within(PATIENCE, claim.settle()).await?;
     histogram!(names::SETTLE_TIME).record(settling.elapsed());
     counter!(names::EVENTS_PUBLISHED).increment((rows - poison.len()) as u64);
     counter!(names::MESSAGES_PUBLISHED).increment(published.len() as u64);
@@ -292,7 +299,7 @@ async fn set_aside(claim: &mut Claim, poison: &[Poison]) -> Result<(), CycleErro
         tracing::error!(event_id = %event.event_id(), reason = %event.reason, "event set aside as a dead letter");
     }
     counter!(names::DEAD_LETTERS).increment(poison.len() as u64);
-    Ok(claim.set_aside(poison).await?)
+    Ok(within(PATIENCE, claim.set_aside(poison)).await?)
 }
 
 pub(crate) fn seconds_since(at_us: i64) -> f64 {

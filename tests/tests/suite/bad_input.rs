@@ -74,6 +74,25 @@ async fn row_inserted_past_every_check_becomes_a_dead_letter_and_delays_nothing(
     }
 }
 
+/// Arrays that do not begin at 1 are easily made in plpgsql; a row may say that it was made at any time.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_only_looks_odd_is_delivered() {
+    let pair = Pair::start().await.unwrap();
+    let cases = [
+        "select outbox.enqueue('[0:1]={odd:1,odd:2}'::text[])",
+        "insert into outbox.events (id, keys, created_at) values (gen_random_uuid(), array['odd:3'], 'infinity')",
+        "insert into outbox.events (id, keys, created_at) values (gen_random_uuid(), array['odd:4'], '-infinity')",
+        "insert into outbox.events (id, keys, created_at) values (gen_random_uuid(), array['odd:5'], '290000-01-01')",
+    ];
+    pair.fill_many("odd", 1..6).await.unwrap();
+    for statement in cases {
+        sqlx::raw_sql(statement).execute(&pair.pool).await.unwrap();
+    }
+    pair.until_none("odd:*").await;
+    pair.until_outbox_empty().await;
+    assert_eq!(pair.dead_letters().await.unwrap(), 0);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn event_of_ten_thousand_keys_arrives_whole_through_a_small_max_payload() {
     let mut options = PairOptions::default();

@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use devstack::{Nats, eventually};
+use devstack::{Nats, Postgres, PostgresOptions, eventually};
 use outbox::Event;
-use tests::{Pair, PairOptions};
+use outbox::retention::{self, Lost, StreamPosition};
+use tests::{Pair, PairOptions, SETTLED};
 
 /// Far more than the relay needs, far less than a leak would take.
 const MAX_RSS_BYTES: u64 = 64 * 1024 * 1024;
@@ -222,4 +223,123 @@ async fn stream_deleted_under_the_pair_is_created_again_and_nothing_is_lost() {
     pair.until_outbox_empty().await;
     pair.until_none("deleted:*").await;
     pair.subscriber.until_ready().await;
+}
+
+/// The relay is killed between two batches of what it publishes again: the stream is longer by then than it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_stream_lost_stays_lost_until_it_is_published_again() {
+    let postgres = Postgres::start_alone(PostgresOptions::default()).await.unwrap();
+    let pool = sqlx::PgPool::connect(&postgres.url()).await.unwrap();
+    outbox::migrate(&pool).await.unwrap();
+    sqlx::raw_sql(
+        "insert into outbox.published (half, stream_created, stream_seq, subject, message_id, events, body)
+         select 0, 'epoch', n, 'invalidation.default', n::text, 1, '' from generate_series(101, 150) n",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    let created = chrono::DateTime::UNIX_EPOCH;
+    retention::complete(&pool, created).await.unwrap();
+    assert!(!retention::is_incomplete(&pool, created).await.unwrap());
+    let newest = retention::newest(&pool, created).await.unwrap().unwrap();
+    assert_eq!((newest.stream_seq, newest.message_ids), (150, vec!["150".to_owned()]));
+
+    let lease = Duration::from_secs(10);
+    let back = StreamPosition { created, last_seq: 100 };
+    assert_eq!(retention::mark_lost(&pool, back).await.unwrap(), 50);
+    let first = Lost::take(&pool, created, 10, lease).await.unwrap().unwrap();
+    assert_eq!(first.envelopes[0].message_id, "101");
+    let second = Lost::take(&pool, created, 10, lease).await.unwrap().unwrap();
+    assert_eq!(second.envelopes[0].message_id, "111", "another relay takes others");
+    first.settle(110).await.unwrap();
+    // The second never gets there. Others publish meanwhile, so that the stream ends past everything it had.
+    drop(second);
+    assert!(retention::is_incomplete(&pool, created).await.unwrap());
+    let mut again = 0;
+    while let Some(lost) = Lost::take(&pool, created, 25, lease).await.unwrap() {
+        again += lost.envelopes.len();
+        lost.settle(200).await.unwrap();
+    }
+    assert_eq!(again, 40);
+    assert!(!retention::is_incomplete(&pool, created).await.unwrap());
+}
+
+/// What was on its way when NATS came back with old data fills the stream again, past what it had lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_was_filled_again_after_a_loss_is_given_what_it_lacks() {
+    let pair = Pair::start().await.unwrap();
+    pair.fill("before").await.unwrap();
+    pair.enqueue(&["before"]).await.unwrap();
+    pair.until_none("before").await;
+    pair.until_recorded().await;
+    pair.stack.nats.terminate().await.unwrap();
+    pair.stack.nats.save_data("backup").unwrap();
+    pair.stack.nats.start().await.unwrap();
+    pair.subscriber.process().kill().unwrap();
+    let lost = pair.load("lost", |committed| committed >= 50).await.unwrap();
+    pair.until_outbox_empty().await;
+    pair.relay.process().kill().unwrap();
+    pair.stack.nats.kill().unwrap();
+    pair.stack.nats.restore_data("backup").unwrap();
+    pair.stack.nats.start().await.unwrap();
+    let nats = async_nats::connect(pair.stack.nats_url()).await.unwrap();
+    let jetstream = async_nats::jetstream::new(nats);
+    let foreign = event::Envelope::encode(&event::Envelope { events: Vec::new() });
+    for _ in 0..lost + 50 {
+        jetstream.publish("invalidation.other", foreign.clone().into()).await.unwrap().await.unwrap();
+    }
+    pair.relay.process().start().unwrap();
+    pair.relay.until_ready().await;
+    pair.subscriber.process().start().unwrap();
+    pair.until_none("lost:*").await;
+    assert!(pair.relay.metric("relay_republished_messages_total").await.unwrap() >= 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_that_retains_nothing_vouches_for_nothing() {
+    let relay = vec![("RELAY_RETENTION", "0s".to_owned())];
+    let pair = Pair::start_with(PairOptions { relay, ..Default::default() }).await.unwrap();
+    pair.fill("before").await.unwrap();
+    pair.enqueue(&["before"]).await.unwrap();
+    pair.until_none("before").await;
+    pair.until_recorded().await;
+    let now = chrono::Utc::now();
+    let promised = async || retention::coverage(&pair.pool, now).await.unwrap().retained_since;
+    eventually(SETTLED, async || promised().await > now).await;
+    // Retaining again promises what comes from now on, and keeps it past the next turn.
+    let relay = pair.another_relay(&[("RELAY_RETENTION", "1s".to_owned())]).unwrap();
+    pair.relay.process().kill().unwrap();
+    relay.until_ready().await;
+    eventually(SETTLED, async || promised().await < chrono::Utc::now()).await;
+    assert!(promised().await > now, "not of the time when nothing was retained");
+    let half = async || -> i16 {
+        sqlx::query_scalar("select half from outbox.retention").fetch_one(&pair.pool).await.unwrap()
+    };
+    let before = half().await;
+    eventually(SETTLED, async || half().await != before).await;
+    assert!(promised().await > now);
+}
+
+/// A backup holds its locks for as long as it takes.
+#[tokio::test(flavor = "multi_thread")]
+async fn somebody_who_reads_what_is_retained_does_not_hold_up_delivery() {
+    let relay = vec![("RELAY_RETENTION", "1s".to_owned())];
+    let pair = Pair::start_with(PairOptions { relay, ..Default::default() }).await.unwrap();
+    let mut backup = pair.pool.begin().await.unwrap();
+    sqlx::raw_sql("lock table outbox.published in access share mode").execute(&mut *backup).await.unwrap();
+    let end = Instant::now() + Duration::from_secs(8);
+    let mut slowest = Duration::ZERO;
+    for number in 0.. {
+        let key = format!("backup:{number}");
+        pair.fill(&key).await.unwrap();
+        let enqueued = Instant::now();
+        pair.enqueue(&[&key]).await.unwrap();
+        pair.until_none(&key).await;
+        slowest = slowest.max(enqueued.elapsed());
+        if Instant::now() >= end {
+            break;
+        }
+    }
+    assert!(slowest < Duration::from_millis(1_500), "{slowest:?}");
+    backup.rollback().await.unwrap();
 }

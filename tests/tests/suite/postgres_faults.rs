@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use devstack::proxy::{FaultProxy, Mode};
 use devstack::{PgBouncer, PoolMode, eventually};
 use outbox::{ClaimOptions, Event, Xid};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
@@ -304,4 +305,36 @@ async fn relay_that_loses_its_connection_while_it_starts_waits_for_postgres() {
     });
     started.unwrap();
     checked.unwrap();
+}
+
+/// The host loses its power, or a firewall forgets the connections: nothing comes back, not even a refusal.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_postgres_that_falls_silent_is_noticed_and_left() {
+    let pair = Pair::start().await.unwrap();
+    let proxy = FaultProxy::start(pair.stack.postgres.address()).await.unwrap();
+    pair.relay.process().kill().unwrap();
+    let url = pair.stack.postgres.url_through(&proxy, "postgres");
+    let relay = pair.another_relay(&[("DATABASE_URL", url), ("DRAIN_TIMEOUT", "2s".to_owned())]).unwrap();
+    relay.until_ready().await;
+    pair.fill("silent").await.unwrap();
+    proxy.set_mode(Mode::DropToClient);
+    pair.enqueue(&["silent"]).await.unwrap();
+    eventually(SETTLED, async || relay.process().log().contains("no answer within")).await;
+    proxy.set_mode(Mode::Pass);
+    // New connections come through; those that fell silent never answer again.
+    pair.until_none("silent").await;
+    relay.until_ready().await;
+    // The worker that polls is back as well: the one that sweeps would take a second for each.
+    let began = Instant::now();
+    for number in 0..10 {
+        let key = format!("again:{number}");
+        pair.fill(&key).await.unwrap();
+        pair.enqueue(&[&key]).await.unwrap();
+        pair.until_none(&key).await;
+    }
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    proxy.set_mode(Mode::DropToClient);
+    let asked = Instant::now();
+    relay.process().terminate().await.unwrap();
+    assert!(asked.elapsed() < Duration::from_secs(20), "{:?}", asked.elapsed());
 }

@@ -12,12 +12,12 @@ use metrics::{counter, histogram};
 use outbox::Claimed;
 use rules::TableRules;
 use rules::catalog::{ExpandError, Expander, Found};
-use tokio::time::timeout;
 use wal::Piece;
 
 use super::Capture;
 use super::events::of_several;
 use super::pump::{DATABASE_TIMEOUT, PumpError};
+use crate::database::within;
 use crate::metrics as names;
 
 /// Most keys that are published singly for what is published together. If there are more, the namespaces are.
@@ -68,8 +68,8 @@ pub(super) async fn answer(
         let table = &capture.rules.tables()[index];
         let primary_keys: Vec<String> = primary_keys.into_iter().collect();
         let asked_at = Instant::now();
-        let asking = expander.find(&capture.shared.pool, &primary_keys, MAX_KEYS, PATIENCE);
-        let found = timeout(DATABASE_TIMEOUT, asking).await.map_err(|_| PumpError::Silent)?;
+        let asking = Box::pin(expander.find(&capture.shared.pool, &primary_keys, MAX_KEYS, PATIENCE));
+        let found = within(DATABASE_TIMEOUT, async { Ok(asking.await) }).await.map_err(PumpError::Ask)?;
         histogram!(names::CAPTURE_EXPAND).record(asked_at.elapsed());
         let (change, keys, most) = match keys(table, expander, found)? {
             Some(keys) => (Change::Delete, keys, EVENT_KEYS),

@@ -13,7 +13,6 @@ use outbox::{Claimed, Poison};
 use rules::catalog::{ExpandError, Expander};
 use service::{Backoff, Component, failpoint};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
-use tokio::time::timeout;
 use wal::session::Confirmer;
 use wal::{Ledger, Lsn, Piece, Snapshot, Ticket};
 
@@ -21,6 +20,7 @@ use super::Capture;
 use super::events::{self, Events};
 use super::expand::{self, Questions};
 use super::reader::{Item, position};
+use crate::database::within;
 use crate::metrics as names;
 use crate::packing::{Limits, pack};
 use crate::publisher;
@@ -58,8 +58,8 @@ pub(super) enum PumpError {
     Settle(#[source] sqlx::Error),
     #[error(transparent)]
     Expand(#[from] ExpandError),
-    #[error("Postgres did not answer within {DATABASE_TIMEOUT:?}")]
-    Silent,
+    #[error("cannot ask Postgres for the keys of expand")]
+    Ask(#[source] sqlx::Error),
 }
 
 /// A part of a transaction that waits to become visible.
@@ -189,8 +189,8 @@ impl Pump {
         if self.waiting.is_empty() {
             return Ok(());
         }
-        let snapshot = timeout(DATABASE_TIMEOUT, Snapshot::take(&self.capture.shared.pool)).await;
-        let snapshot = snapshot.map_err(|_| PumpError::Silent)?.map_err(PumpError::Snapshot)?;
+        let snapshot = within(DATABASE_TIMEOUT, Snapshot::take(&self.capture.shared.pool)).await;
+        let snapshot = snapshot.map_err(PumpError::Snapshot)?;
         let mut batch = Batch::default();
         let mut still_waiting = Vec::new();
         for mut waiting in self.waiting.drain(..) {
@@ -236,8 +236,7 @@ impl Pump {
         self.settling = Some(Box::pin(async move {
             let slot = &capture.config.slot;
             let settling = recorded::settle(&capture.shared.pool, slot, confirmed.0, &settlement);
-            let settled = timeout(DATABASE_TIMEOUT, settling).await;
-            settled.map_err(|_| PumpError::Silent)?.map_err(PumpError::Settle)?;
+            within(DATABASE_TIMEOUT, settling).await.map_err(PumpError::Settle)?;
             drop(permits);
             Ok(confirmed)
         }));
