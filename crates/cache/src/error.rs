@@ -43,7 +43,7 @@ impl RedisError {
     #[must_use]
     pub fn is_out_of_memory(&self) -> bool {
         let Self::Unavailable(cause) = self else { return false };
-        cause.downcast_ref::<redis::RedisError>().is_some_and(|error| error.code() == Some("OOM"))
+        cause.downcast_ref::<redis::RedisError>().and_then(code).as_deref() == Some("OOM")
     }
 
     pub(crate) fn unavailable(reason: &'static str) -> Self {
@@ -99,13 +99,18 @@ fn from_server(kind: ServerErrorKind, error: redis::RedisError) -> RedisError {
 
 /// Codes the client has no word for.
 fn from_code(error: redis::RedisError) -> RedisError {
-    match error.code() {
-        Some(code @ ("NOAUTH" | "WRONGPASS" | "DENIED")) => {
-            let code = code.to_owned();
-            refused(&code, error)
-        }
+    match code(&error).as_deref() {
+        Some(code @ ("NOAUTH" | "WRONGPASS" | "DENIED")) => refused(code, error),
         // Out of memory, a failing disk, a missing replica and a running script all pass.
         Some("OOM" | "MISCONF" | "NOREPLICAS" | "BUSY") => RedisError::Unavailable(error.into()),
         _ => RedisError::Unexpected(error.into()),
     }
+}
+
+/// What the server put before the message; of a pipeline, what it said to the first command that failed.
+fn code(error: &redis::RedisError) -> Option<String> {
+    if let Some(code) = error.code() {
+        return Some(code.to_owned());
+    }
+    error.clone().into_server_errors()?.first().map(|(_, error)| error.code().to_owned())
 }

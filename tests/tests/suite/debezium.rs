@@ -6,6 +6,8 @@ use async_nats::jetstream::{self, stream::Config};
 use devstack::eventually;
 use tests::Pair;
 
+use crate::subscriber::Scene;
+
 const RULES: &str =
     "[[table]]\nname = 'users'\nkeys = ['user:{id}', 'user:{email}']\non_truncate = ['user:']\n";
 
@@ -124,4 +126,40 @@ async fn rules_that_need_a_database_are_refused_at_the_start() {
         if refused { Ok(()) } else { Err(log) }
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_relay_and_postgres_change_events_are_applied_and_a_relay_may_come_later() {
+    let scene = Scene::new().await;
+    let stream = Config { name: "DBZ".to_owned(), subjects: vec!["dbz.>".to_owned()], ..Default::default() };
+    scene.jetstream.create_stream(stream).await.unwrap();
+    let rules = scene.directory.path().join("rules.toml");
+    std::fs::write(&rules, RULES).unwrap();
+    let environment = [
+        ("SUBSCRIBER_DEBEZIUM_STREAM", "DBZ".to_owned()),
+        ("SUBSCRIBER_RULES", rules.display().to_string()),
+        ("SUBSCRIBER_DEBEZIUM_REPEAT_AFTER", "50ms".to_owned()),
+    ];
+    let subscriber = scene.subscriber(&environment);
+    subscriber.until_ready().await;
+    let log = subscriber.process().log();
+    assert!(log.contains("only Debezium's change events are applied"), "{log}");
+    scene.fill("user:1").await;
+    let body = change("c", "null", r#"{"id":1,"email":"a@x"}"#);
+    scene.jetstream.publish("dbz.public.users", body.into()).await.unwrap().await.unwrap();
+    scene.until_gone("user:1").await;
+    let status = scene.ask(&["status"], &environment).await;
+    assert!(status.contains("stream DBZ") && status.contains("INVALIDATIONS does not exist"), "{status}");
+
+    scene.create_stream(Duration::from_secs(600)).await;
+    scene.fill("order:1").await;
+    scene.publish("default", "order:1").await;
+    scene.until_gone("order:1").await;
+    subscriber.until_ready().await;
+    let status = scene.ask(&["status"], &environment).await;
+    assert!(status.contains("stream DBZ") && status.contains("durable       redis"), "{status}");
+
+    // What has been there is missed.
+    scene.jetstream.delete_stream("INVALIDATIONS").await.unwrap();
+    subscriber.until_not_ready_because("INVALIDATIONS does not exist").await;
 }

@@ -1,8 +1,11 @@
-//! Redis is down, comes back with old data, fails over, or is a cluster.
+//! Redis is down, full, comes back with old data, fails over, or is a cluster.
 
 use std::time::Duration;
 
+use cache::{Acquired, Fill, LeaseToken};
 use devstack::{RedisCluster, RedisReplicaPair, eventually};
+use event::CacheKey;
+use outbox::{Event, Marks};
 use tests::{Pair, PairOptions};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -131,6 +134,88 @@ async fn promoted_replica_that_lagged_is_replayed_to() {
     })
     .await;
     assert_eq!(redis.replica.command(&["EXISTS", "kept"]).await.unwrap(), "1");
+}
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+async fn enqueue(pair: &Pair, event: &Event) -> outbox::Xid {
+    let mut tx = pair.pool.begin().await.unwrap();
+    let receipt = outbox::enqueue(&mut tx, event).await.unwrap();
+    tx.commit().await.unwrap();
+    receipt.xid
+}
+
+async fn set_memory_limit(redis: &devstack::Redis, bytes: &str) {
+    redis.command(&["CONFIG", "SET", "maxmemory", bytes]).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn subscriber_that_restarts_while_redis_is_full_goes_on_with_every_kind_of_event() {
+    let pair = Pair::start().await.unwrap();
+    let redis = pair.cache().unwrap();
+    pair.enqueue(&["warm-up"]).await.unwrap();
+    pair.until_recorded().await;
+    pair.subscriber.process().terminate().await.unwrap();
+    pair.fill_many("full", 0..50).await.unwrap();
+    pair.fill_many("space", 0..50).await.unwrap();
+    let updated = CacheKey::new("updated").unwrap();
+    let lease = redis.acquire(&updated, LeaseToken::generate(), MINUTE, false).await.unwrap();
+    let Acquired::Grant(lease) = lease else { panic!("{lease:?}") };
+    let fill = Fill { value: b"one", ttl: MINUTE, version: Some(1), keep_stale_copy: false };
+    assert!(redis.fill(&updated, &lease, fill).await.unwrap());
+    let marked = Event::delete(["marked"]).unwrap();
+    let xid = enqueue(&pair, &marked).await;
+    Marks::new(redis.clone(), &[marked], xid).set(MINUTE).await.unwrap();
+
+    // No policy is set, so nothing is evicted, and much more is in use.
+    set_memory_limit(&pair.stack.redis, "1").await;
+    assert!(pair.fill("refused").await.unwrap_err().to_string().contains("OOM"));
+    let refused = redis.mark(&[updated], 7).await.unwrap_err();
+    assert!(refused.is_out_of_memory(), "{refused:?}");
+    let keys: Vec<String> = (0..50).map(|number| format!("full:{number}")).collect();
+    pair.enqueue(&keys.iter().map(String::as_str).collect::<Vec<_>>()).await.unwrap();
+    enqueue(&pair, &Event::update("updated", "two", 2, MINUTE).unwrap()).await;
+    enqueue(&pair, &Event::delete_namespaces(["space:"]).unwrap()).await;
+    pair.until_outbox_empty().await;
+    pair.subscriber.process().start().unwrap();
+    for pattern in ["full:*", "updated", "space:*", "\u{1f}[gm]*"] {
+        pair.until_none(pattern).await;
+    }
+    let log = || pair.subscriber.process().log();
+    eventually(MINUTE, async || if log().contains("Redis is full") { Ok(()) } else { Err(log()) }).await;
+    pair.subscriber.until_ready().await;
+
+    set_memory_limit(&pair.stack.redis, "0").await;
+    pair.until_recorded().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn subscriber_without_a_record_waits_for_room_in_a_redis_that_is_full() {
+    let pair = Pair::start().await.unwrap();
+    pair.subscriber.process().terminate().await.unwrap();
+    pair.fill("kept").await.unwrap();
+    set_memory_limit(&pair.stack.redis, "1").await;
+    pair.enqueue(&["kept"]).await.unwrap();
+    let other = pair.another_subscriber(&[("SUBSCRIBER_DURABLE", "other".to_owned())]).unwrap();
+    let reason = other.until_not_ready_because("Redis is full (maxmemory)").await;
+    assert!(reason.contains("make room"), "{reason}");
+    assert!(pair.is_cached("kept").await.unwrap());
+    set_memory_limit(&pair.stack.redis, "0").await;
+    pair.until_none("kept").await;
+    other.until_ready().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn eviction_policy_that_is_changed_while_the_subscriber_runs_is_noticed() {
+    let pair = Pair::start().await.unwrap();
+    let evictable = async || pair.subscriber.metric("subscriber_marks_evictable").await.unwrap();
+    assert!(evictable().await < 1.0);
+    let set = async |policy| pair.stack.redis.command(&["CONFIG", "SET", "maxmemory-policy", policy]).await;
+    set("allkeys-lru").await.unwrap();
+    eventually(MINUTE, async || evictable().await > 0.0).await;
+    assert!(pair.subscriber.process().log().contains("maxmemory-policy allkeys-lru"));
+    set("volatile-ttl").await.unwrap();
+    eventually(MINUTE, async || evictable().await < 1.0).await;
 }
 
 /// How many `spread:*` keys the masters of the cluster hold together.

@@ -4,13 +4,13 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cache::{Cache, CacheConfig};
+use cache::{Cache, CacheConfig, Fill};
 use devstack::eventually;
 use devstack::proxy::{FaultProxy, Mode};
 use tokio::task::JoinSet;
 
 use crate::reader::{Loads, find};
-use crate::support::{Bed, MINUTE, SOON, connect, key};
+use crate::support::{Bed, MINUTE, SOON, connect, deleted, key, plain, updated, work};
 
 /// Far less than a connection's own limits, so that a test sees which one applied.
 const IMPATIENT: Duration = Duration::from_millis(50);
@@ -147,4 +147,30 @@ async fn wrong_credentials_do_not_keep_readers_from_their_values() {
         assert_eq!(cache.get_or_load("n", MINUTE, || loads.find(7)).await, Ok(7));
     }
     assert_eq!(loads.count(), 5);
+}
+
+#[tokio::test]
+async fn a_full_redis_refuses_marks_for_now_and_turns_updates_into_deletes() {
+    let bed = Bed::new().await;
+    let (key, other) = (key("k"), key("other"));
+    let lease = bed.grant(&key).await;
+    let versioned = Fill { version: Some(1), ..plain("one") };
+    assert!(bed.redis.fill(&key, &lease, versioned).await.unwrap());
+    let waiting = bed.grant(&other).await;
+    bed.raw(&["CONFIG", "SET", "maxmemory", "1"]).await;
+
+    // In a pipeline and alone.
+    let refused = [
+        bed.redis.mark(std::slice::from_ref(&key), 7).await.unwrap_err(),
+        bed.redis.store_position("d", b"p").await.unwrap_err(),
+    ];
+    for error in refused {
+        assert!(error.is_out_of_memory() && error.is_retryable(), "{error:?}");
+    }
+    // A pipeline with an update, a delete that voids a lease, and what follows them.
+    let batch = work([updated(&key, "two", 2, 1), deleted(&[&other], &[1])]);
+    bed.redis.apply(&batch).await.unwrap();
+    assert_eq!(bed.raw(&["KEYS", "*"]).await, "");
+    bed.raw(&["CONFIG", "SET", "maxmemory", "0"]).await;
+    assert!(!bed.fill(&other, &waiting, "old").await);
 }
