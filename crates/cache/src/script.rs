@@ -20,6 +20,9 @@ pub(crate) static RELEASE: LazyLock<Script> =
     LazyLock::new(|| Script::new(include_str!("scripts/release.lua")));
 /// A committed change with the new value.
 pub(crate) static APPLY: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/apply.lua")));
+/// Cuts the remaining time of a stale copy.
+pub(crate) static LIMIT_STALE: LazyLock<Script> =
+    LazyLock::new(|| Script::new(include_str!("scripts/limit_stale.lua")));
 /// Registers marks with the server's own time.
 pub(crate) static REGISTER: LazyLock<Script> =
     LazyLock::new(|| Script::new(include_str!("scripts/register.lua")));

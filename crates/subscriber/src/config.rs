@@ -71,7 +71,7 @@ pub struct Config {
     pub gap_policy: GapPolicy,
 
     /// Glob patterns of the keys to delete when the gap policy is flush, separated by commas
-    #[arg(long, env = "SUBSCRIBER_FLUSH_PATTERNS", value_delimiter = ',', global = true)]
+    #[arg(long, env = "SUBSCRIBER_FLUSH_PATTERNS", value_delimiter = ',', value_parser = parse_pattern, global = true)]
     pub flush_patterns: Vec<String>,
 
     /// Delete every key of the Redis database when the gap policy is flush
@@ -166,9 +166,48 @@ fn parse_topic(text: &str) -> Result<Topic, InvalidTopic> {
     Topic::new(text)
 }
 
+/// Spaces around a pattern are those of a list, not of keys.
+fn parse_pattern(text: &str) -> Result<String, &'static str> {
+    match text.trim() {
+        "" => Err("a pattern is empty, it would match no key"),
+        pattern => Ok(pattern.to_owned()),
+    }
+}
+
 fn parse_durable(text: &str) -> Result<String, String> {
     // The rules of a topic are those of a JetStream name, and stricter.
     Topic::new(text)
         .map(|topic| topic.as_str().to_owned())
         .map_err(|_| "a durable is 1 to 64 ASCII letters, digits, '_' or '-'".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        config: Config,
+    }
+
+    fn patterns(list: &str) -> Result<Vec<String>, String> {
+        let parsed = Command::try_parse_from(["subscriber", "--flush-patterns", list]);
+        parsed.map(|command| command.config.flush_patterns).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn spaces_in_the_list_of_flush_patterns_do_not_belong_to_the_patterns() {
+        assert_eq!(patterns("a:*, b c:* ").unwrap(), ["a:*", "b c:*"]);
+    }
+
+    #[test]
+    fn an_empty_flush_pattern_is_refused() {
+        for list in ["", "a:*,", "a:*, ,b:*"] {
+            let error = patterns(list).unwrap_err();
+            assert!(error.contains("--flush-patterns") && error.contains("empty"), "{error}");
+        }
+    }
 }

@@ -201,12 +201,42 @@ pub(super) fn without_password(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else {
         return "a text that is not a URL".to_owned();
     };
-    let rest = rest.split('?').next().unwrap_or_default();
-    match rest.rsplit_once('@') {
-        Some((credentials, place)) => {
-            let user = credentials.split(':').next().unwrap_or_default();
-            format!("{scheme}://{user}:***@{place}")
+    let query = rest.find('?').unwrap_or(rest.len());
+    match rest.rfind('@') {
+        None => format!("{scheme}://{}", &rest[..query]),
+        // The `?` may belong to a password that is not encoded, or the `@` to a query: who can tell.
+        Some(at) if at > query => format!("{scheme}://***"),
+        Some(at) => {
+            let user = rest[..at].split(':').next().unwrap_or_default();
+            format!("{scheme}://{user}:***@{}", &rest[at + 1..query])
         }
-        None => format!("{scheme}://{rest}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_part_of_a_password_is_shown_wherever_it_stands() {
+        for (url, shown) in [
+            ("redis://host:1/2", "redis://host:1/2"),
+            ("redis://ann:secret@host:1/2", "redis://ann:***@host:1/2"),
+            ("redis+cluster://:secret@a:1,b:2", "redis+cluster://:***@a:1,b:2"),
+            ("redis://:sec/ret@host", "redis://:***@host"),
+            ("redis://:sec#ret@host", "redis://:***@host"),
+            ("redis://:sec@ret@host", "redis://:***@host"),
+            ("redis://:sec?ret@host", "redis://***"),
+            ("redis://:sec?ret@host?db=1", "redis://***"),
+            ("redis+unix:///socket?pass=secret", "redis+unix:///socket"),
+            ("redis+unix:///socket?pass=sec@ret", "redis+unix://***"),
+            ("redis://ann:secret@host?pass=secret", "redis://ann:***@host"),
+            (":secret@host", "a text that is not a URL"),
+        ] {
+            assert_eq!(without_password(url), shown);
+            let config = RedisConfig { url: url.to_owned(), ..RedisConfig::default() };
+            let said = format!("{config:?} {:?}", Target::new(&config).err());
+            assert!(!said.contains("sec") && !said.contains("ret"), "{said}");
+        }
     }
 }

@@ -8,7 +8,7 @@ use super::batch::{Group, read};
 use super::flush::beginning_with;
 use super::lease::MAX_STALE;
 use crate::names::{Shard, guard, marks, parse_registry_member, stale};
-use crate::script::APPLY;
+use crate::script::{APPLY, LIMIT_STALE};
 use crate::work::{Item, Update};
 use crate::{RedisError, Work};
 
@@ -90,8 +90,8 @@ impl Redis {
         let longest_ms = milliseconds(MAX_STALE);
         let limit = |group: &Group<&Item>| {
             let mut pipeline = Pipeline::with_capacity(group.items.len());
-            for item in &group.items {
-                pipeline.cmd("PEXPIRE").arg(stale(&item.key)).arg(longest_ms).arg("LT");
+            for (at, item) in group.items.iter().enumerate() {
+                LIMIT_STALE.call_in(&mut pipeline, at == 0).arg(1).arg(stale(&item.key)).arg(longest_ms);
             }
             pipeline
         };

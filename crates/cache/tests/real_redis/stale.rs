@@ -91,6 +91,11 @@ async fn a_delete_starts_the_clock_of_the_stale_copy_and_an_update_does_too() {
         assert!(remaining_ms().await > longest_ms);
         bed.redis.apply(&work([event])).await.unwrap();
         assert!((1..=longest_ms).contains(&remaining_ms().await));
+        // A later invalidation does not start it again.
+        bed.raw(&["PEXPIRE", "\u{1f}s{n}", "9000"]).await;
+        bed.redis.apply(&work([deleted(&[&key("n"), &key("without")], &[2])])).await.unwrap();
+        assert!((1..=9_000).contains(&remaining_ms().await));
+        assert!(!bed.exists("\u{1f}s{without}").await);
     }
 }
 
