@@ -1,5 +1,6 @@
 //! Names of the relay's metrics.
 
+use crate::config::GapPolicy;
 use crate::publisher::PublishError;
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram};
 
@@ -18,7 +19,7 @@ macro_rules! metrics {
 }
 
 metrics! {
-    describe_counter EVENTS_PUBLISHED = "relay_events_published_total", Count, "Events acknowledged by the stream and settled";
+    describe_counter EVENTS_PUBLISHED = "relay_events_published_total", Count, "Events of the outbox acknowledged by the stream and settled";
     describe_counter EVENTS_COALESCED = "relay_events_coalesced_total", Count, "Events whose keys were all named by another event of the same claim";
     describe_counter MESSAGES_PUBLISHED = "relay_messages_published_total", Count, "Messages acknowledged by the stream";
     describe_counter CLAIMS = "relay_claims_total", Count, "Claims, by result: rows, empty or failed";
@@ -50,6 +51,7 @@ metrics! {
     describe_counter CAPTURE_RECONNECTS = "relay_wal_reconnects_total", Count, "Times reading the log was interrupted";
     describe_counter CAPTURE_GAPS = "relay_wal_gaps_total", Count, "Times changes were missing from the slot for good, by policy";
     describe_histogram CAPTURE_GATE_WAIT = "relay_wal_gate_wait_seconds", Seconds, "How long transactions that were not visible at first had to wait";
+    describe_counter CAPTURE_PUBLISHED = "relay_wal_events_published_total", Count, "Events from the write-ahead log acknowledged by the stream and settled";
     describe_histogram CAPTURE_EXPAND = "relay_wal_expand_seconds", Seconds, "Time to ask the database for the further keys of expand";
     describe_histogram CAPTURE_KEYS = "relay_wal_keys", Count, "Distinct keys of a transaction, or of a part of a large one";
 }
@@ -63,8 +65,12 @@ pub fn start_at_zero() {
         REPUBLISHED,
         CAPTURE_RECONNECTS,
         CAPTURE_REFUSED_KEYS,
+        CAPTURE_UNKNOWN,
     ] {
         counter!(name).increment(0);
+    }
+    for policy in [GapPolicy::Halt, GapPolicy::Flush] {
+        counter!(CAPTURE_GAPS, "policy" => policy.as_str()).increment(0);
     }
     for reason in PublishError::REASONS {
         counter!(PUBLISH_FAILURES, "reason" => reason).increment(0);

@@ -6,7 +6,7 @@ mod function;
 mod install;
 
 pub use function::{Function, KEYS_PER_EVENT, Trigger, functions};
-pub use install::{Plan, Step, apply, plan, script};
+pub use install::{Plan, Step, apply, plan, removal, script};
 
 /// All names of ours begin so.
 pub const PREFIX: &str = "outbox_capture_";

@@ -41,6 +41,12 @@ pub enum RulesCommand {
         #[arg(long, default_value = "5s", value_parser = parse_duration)]
         lock_timeout: Duration,
     },
+    /// Remove every trigger that was installed; needs no rules file
+    Remove {
+        /// How long to wait for locks of others; writers of the tables wait as long
+        #[arg(long, default_value = "5s", value_parser = parse_duration)]
+        lock_timeout: Duration,
+    },
 }
 
 /// A changed row.
@@ -57,10 +63,16 @@ pub struct Trial {
     new: Option<String>,
 }
 
+/// Said when the triggers could not be brought to what they should be.
+const UNCHANGED: &str = "nothing has changed; if a table was busy, try again or raise --lock-timeout";
+
 /// Statements that `explain` runs: none that could end the transaction it rolls back.
 const EXPLAINABLE: [&str; 7] = ["insert", "update", "delete", "truncate", "merge", "with", "select"];
 
 pub(super) async fn execute(pool: &PgPool, command: RulesCommand, config: &Config) -> anyhow::Result<()> {
+    if let RulesCommand::Remove { lock_timeout } = command {
+        return remove(pool, lock_timeout).await;
+    }
     let rules = load(config)?;
     let mut connection = pool.acquire().await?;
     let facts = catalog::check(&mut connection, &rules).await?;
@@ -86,7 +98,7 @@ pub(super) async fn execute(pool: &PgPool, command: RulesCommand, config: &Confi
             }
             Ok(())
         }
-        RulesCommand::Test(_) => unreachable!("needs no database"),
+        RulesCommand::Test(_) | RulesCommand::Remove { .. } => unreachable!("need no rules or no database"),
         RulesCommand::Explain { statement, lock_timeout } => {
             explain(pool, &rules, &facts, &statement, lock_timeout).await
         }
@@ -150,13 +162,21 @@ fn as_image(image: Option<&JsonImage>) -> Option<&dyn Image> {
 async fn apply(pool: &PgPool, rules: &Rules, facts: &[Facts], lock_timeout: Duration) -> anyhow::Result<()> {
     let mut tx = pool.begin().await?;
     let plan = triggers::plan(&mut tx, rules, facts).await?;
-    triggers::apply(&mut tx, &plan, lock_timeout)
-        .await
-        .context("nothing has changed; if a table was busy, try again or raise --lock-timeout")?;
+    triggers::apply(&mut tx, &plan, lock_timeout).await.context(UNCHANGED)?;
     tx.commit().await?;
     print_steps(&plan);
     warn_of_foreign_partitions(facts);
     println!("the triggers are what the rules say; {} changes were made", plan.steps.len());
+    Ok(())
+}
+
+async fn remove(pool: &PgPool, lock_timeout: Duration) -> anyhow::Result<()> {
+    let mut tx = pool.begin().await?;
+    let plan = triggers::removal(&mut tx).await?;
+    triggers::apply(&mut tx, &plan, lock_timeout).await.context(UNCHANGED)?;
+    tx.commit().await?;
+    print_steps(&plan);
+    println!("no trigger is left; {} changes were made", plan.steps.len());
     Ok(())
 }
 
@@ -173,9 +193,7 @@ async fn explain(
     }
     let mut tx = pool.begin().await?;
     let plan = triggers::plan(&mut tx, rules, facts).await?;
-    triggers::apply(&mut tx, &plan, lock_timeout)
-        .await
-        .context("nothing has changed; if a table was busy, try again or raise --lock-timeout")?;
+    triggers::apply(&mut tx, &plan, lock_timeout).await.context(UNCHANGED)?;
     // Prepared, so that it is one statement for certain.
     let done = sqlx::query(AssertSqlSafe(statement)).execute(&mut *tx).await?;
     let events = testing::enqueued(&mut tx).await?;

@@ -228,7 +228,7 @@ impl Pump {
             }
             settlement.poison.extend(acknowledged.poison);
             permits.extend(acknowledged.permits);
-            counter!(names::EVENTS_PUBLISHED).increment(acknowledged.events as u64);
+            counter!(names::CAPTURE_PUBLISHED).increment(acknowledged.events as u64);
         }
         let confirmed = self.ledger.confirmed();
         let capture = Arc::clone(&self.capture);

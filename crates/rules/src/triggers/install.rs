@@ -10,6 +10,7 @@ use super::function::{Function, Trigger, functions};
 use super::{identifier, literal};
 use crate::Rules;
 use crate::catalog::Facts;
+use crate::table::TableRules;
 
 /// One change of the database.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,14 +52,23 @@ pub async fn plan(
     facts: &[Facts],
 ) -> Result<Plan, sqlx::Error> {
     let installed = installed(connection).await?;
-    Ok(differences(&installed, rules, facts))
+    Ok(differences(&installed, rules.tables(), facts))
+}
+
+/// What removes every trigger and function of ours, whatever rules they came from.
+///
+/// # Errors
+/// Whatever the database says.
+pub async fn removal(connection: &mut PgConnection) -> Result<Plan, sqlx::Error> {
+    let installed = installed(connection).await?;
+    Ok(differences(&installed, &[], &[]))
 }
 
 /// Every statement that installs the triggers in a database that has none.
 #[must_use]
 pub fn script(rules: &Rules, facts: &[Facts]) -> String {
     let mut script = "begin;\n".to_owned();
-    for step in differences(&Installed::default(), rules, facts).steps {
+    for step in differences(&Installed::default(), rules.tables(), facts).steps {
         let _ = write!(script, "\n-- {}\n{};\n", step.what, step.sql);
     }
     script.push_str("\ncommit;\n");
@@ -86,11 +96,11 @@ pub async fn apply(
     Ok(())
 }
 
-fn differences(installed: &Installed, rules: &Rules, facts: &[Facts]) -> Plan {
+fn differences(installed: &Installed, tables: &[TableRules], facts: &[Facts]) -> Plan {
     let mut plan = Plan::default();
     let mut wanted_functions = BTreeSet::new();
     let mut wanted_triggers = BTreeMap::new();
-    for (table, facts) in rules.tables().iter().zip(facts) {
+    for (table, facts) in tables.iter().zip(facts) {
         for function in functions(table, facts) {
             if let Some(trigger) = function.trigger {
                 for relation in facts.relations.iter().filter(|relation| !relation.is_foreign) {

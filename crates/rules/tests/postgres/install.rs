@@ -51,6 +51,19 @@ async fn tables_that_are_no_longer_in_the_file_lose_their_triggers() {
 }
 
 #[tokio::test]
+async fn everything_can_be_removed_without_the_rules() {
+    let bed = Bed::watched(USERS, RULES).await;
+    let mut tx = bed.pool.begin().await.unwrap();
+    let plan = triggers::removal(&mut tx).await.unwrap();
+    triggers::apply(&mut tx, &plan, Duration::from_secs(5)).await.unwrap();
+    assert!(triggers::removal(&mut tx).await.unwrap().steps.is_empty());
+    tx.commit().await.unwrap();
+    bed.run("update users set name = 'x'").await;
+    assert!(bed.events().await.is_empty());
+    assert_eq!(bed.number("select count(*) from pg_proc where proname like 'outbox_capture%'").await, 0);
+}
+
+#[tokio::test]
 async fn a_trigger_that_was_dropped_or_disabled_is_restored() {
     let bed = Bed::watched(USERS, RULES).await;
     bed.run("drop trigger outbox_capture_update on users; alter table users disable trigger outbox_capture_insert").await;
