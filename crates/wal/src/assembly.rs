@@ -69,6 +69,8 @@ pub struct Assembler {
     streaming: Option<u32>,
     held_bytes: usize,
     draining: Option<Draining>,
+    /// Place of the last message that belongs to no transaction.
+    passed: Option<Lsn>,
     seen: Seen,
 }
 
@@ -96,6 +98,7 @@ impl Assembler {
             streaming: None,
             held_bytes: 0,
             draining: None,
+            passed: None,
             seen: Seen::default(),
         }
     }
@@ -131,8 +134,14 @@ impl Assembler {
             }
             Message::Delete { xid, relation, old } => self.change(xid, relation, false, Some(old), None)?,
             Message::Truncate { xid, relations } => self.truncate(xid, &relations)?,
-            Message::Logical { xid, transactional, prefix, content } => {
-                if transactional && prefix == log_event::PREFIX {
+            Message::Logical { transactional: false, lsn, .. } => {
+                // Sent at its place in the log: what committed before it has been received as a whole.
+                if self.open.is_none() && self.streaming.is_none() {
+                    self.passed = Some(lsn);
+                }
+            }
+            Message::Logical { xid, prefix, content, .. } => {
+                if prefix == log_event::PREFIX {
                     self.seen.changes += 1;
                     let content = content.into();
                     self.pending(xid, |pending| pending.add_event(content))?;
@@ -156,6 +165,12 @@ impl Assembler {
         let (commit, pending) = self.open.as_mut().filter(|(_, pending)| pending.is_full())?;
         let pending = std::mem::take(pending);
         Some(Piece::of_unfinished(*commit, pending))
+    }
+
+    /// A position that the log was decoded to, if there is a new one besides those of the pieces: a heartbeat moves the
+    /// position though nothing commits. Everything before it was given away when [`Assembler::next_piece`] has nothing.
+    pub fn take_passed(&mut self) -> Option<Lsn> {
+        self.passed.take()
     }
 
     /// What was seen since this was last asked.

@@ -149,6 +149,8 @@ pub enum Message<'a> {
         xid: Option<u32>,
         /// Whether it belongs to the transaction; otherwise it says nothing of its outcome.
         transactional: bool,
+        /// Its place in the log.
+        lsn: Lsn,
         /// Its prefix.
         prefix: &'a str,
         /// Its content.
@@ -224,8 +226,8 @@ pub fn decode(message: &[u8], streamed: bool) -> Result<Message<'_>, DecodeError
         }
         b'M' => {
             let transactional = cursor.u8()? & 1 == 1;
-            cursor.u64()?;
-            Message::Logical { xid, transactional, prefix: cursor.text()?, content: cursor.counted()? }
+            let lsn = Lsn(cursor.u64()?);
+            Message::Logical { xid, transactional, lsn, prefix: cursor.text()?, content: cursor.counted()? }
         }
         b'S' => Message::StreamStart { xid: cursor.u32()? },
         b'E' => Message::StreamStop,

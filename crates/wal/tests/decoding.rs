@@ -241,20 +241,34 @@ fn more_keys_than_are_kept_are_refused_before_the_memory_is_gone() {
     assert!(assembler.held_bytes() < wal::MAX_HELD_BYTES + (16 << 20), "{}", assembler.held_bytes());
 }
 
+/// `pg_logical_emit_message` at a position.
+fn logical(transactional: bool, lsn: u64, prefix: &str) -> Vec<u8> {
+    let mut message = Bytes::of(b'M').u8(u8::from(transactional)).u64(lsn).text(prefix).u32(2).0;
+    message.extend(b"{}");
+    message
+}
+
 #[test]
 fn only_transactional_messages_with_our_prefix_are_events() {
-    let logical = |transactional: u8, prefix: &str| {
-        let mut message = Bytes::of(b'M').u8(transactional).u64(1).text(prefix).u32(2).0;
-        message.extend(b"{}");
-        message
-    };
     let mut assembler = assembler();
-    assert!(
-        feed(&mut assembler, &[logical(0, "outbox"), logical(0, "outbox-heartbeat")]).unwrap().is_empty()
-    );
-    let messages = [begin(9), logical(1, "outbox"), logical(1, "theirs"), commit()];
+    let messages = [logical(false, 1, "outbox"), logical(false, 1, "outbox-heartbeat")];
+    assert!(feed(&mut assembler, &messages).unwrap().is_empty());
+    let messages = [begin(9), logical(true, 1, "outbox"), logical(true, 1, "theirs"), commit()];
     let pieces = feed(&mut assembler, &messages).unwrap();
     assert_eq!((pieces.len(), pieces[0].events.len()), (1, 1));
+}
+
+#[test]
+fn a_message_without_a_transaction_moves_the_position_but_never_past_what_is_not_whole() {
+    let mut assembler = assembler();
+    assert_eq!(assembler.take_passed(), None);
+    feed(&mut assembler, &[logical(false, 77, "outbox-heartbeat")]).unwrap();
+    assert_eq!(assembler.take_passed(), Some(Lsn(77)));
+    assert_eq!(assembler.take_passed(), None, "said once");
+    feed(&mut assembler, &[begin(9), logical(true, 78, "theirs"), logical(false, 79, "theirs")]).unwrap();
+    assert_eq!(assembler.take_passed(), None, "the transaction has not ended");
+    feed(&mut assembler, &[commit(), logical(false, 99, "theirs")]).unwrap();
+    assert_eq!(assembler.take_passed(), Some(Lsn(99)));
 }
 
 proptest! {

@@ -101,6 +101,10 @@ pub(super) async fn read(
                         () = &mut requested => return Ok(ReadEnd { stream }),
                     }
                 }
+                if let Some(passed) = assembler.take_passed() {
+                    // Without room the next heartbeat says it.
+                    let _ = sender.queue.try_send(Item::Nothing(passed));
+                }
                 uncounted += 1;
                 if uncounted >= COUNT_EVERY {
                     uncounted = 0;
