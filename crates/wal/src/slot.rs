@@ -240,7 +240,8 @@ pub fn check(name: &str, state: &SlotState, facts: &ServerFacts) -> Result<(), S
 /// # Errors
 /// Whatever the database says.
 pub async fn heartbeat(pool: &PgPool) -> Result<(), sqlx::Error> {
-    sqlx::query("select pg_logical_emit_message(false, 'outbox-heartbeat', '')")
+    // As text: the driver looks up a type it does not know, and forgets the statement over it.
+    sqlx::query("select pg_logical_emit_message(false, 'outbox-heartbeat', '')::text")
         .persistent(false)
         .execute(pool)
         .await

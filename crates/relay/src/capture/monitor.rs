@@ -30,7 +30,7 @@ pub async fn monitor(capture: Arc<Capture>, health: Component, shutdown: Shutdow
                 if lag > HEARTBEAT_LAG_BYTES && heartbeat_at.elapsed() >= HEARTBEAT_INTERVAL {
                     heartbeat_at = Instant::now();
                     if let Err(error) = slot::heartbeat(&capture.shared.pool).await {
-                        tracing::debug!(%error, "could not write a heartbeat to the log");
+                        tracing::warn!(%error, "could not write a heartbeat to the log");
                     }
                 }
             }

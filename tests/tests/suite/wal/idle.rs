@@ -73,6 +73,8 @@ async fn something_is_written_to_the_log_when_the_slot_lags_and_nothing_happens(
     assert_eq!(heartbeats(&pair).await, 0, "hardly anything is unconfirmed");
     pair.stack.postgres.query_in("busy", NOISE).await.unwrap();
     eventually(SETTLED, async || heartbeats(&pair).await > 0).await;
+    let log = pair.relay.process().log();
+    assert!(!log.contains("heartbeat"), "the first one has arrived:\n{log}");
     pair.stack.nats.start().await.unwrap();
     pair.until_none("user:1:*").await;
 }
