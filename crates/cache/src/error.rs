@@ -1,5 +1,7 @@
 use deadpool_redis::redis::{self, ErrorKind, ServerErrorKind};
 
+use crate::redis::SlotIsMoving;
+
 /// Why Redis did not do what was asked. Every variant is a decision for the caller.
 #[derive(Debug, thiserror::Error)]
 pub enum RedisError {
@@ -44,6 +46,20 @@ impl RedisError {
     pub fn is_out_of_memory(&self) -> bool {
         let Self::Unavailable(cause) = self else { return false };
         cause.downcast_ref::<redis::RedisError>().and_then(code).as_deref() == Some("OOM")
+    }
+
+    /// Whether the keys of the request were not at one node of the cluster because their slot is moving.
+    pub(crate) fn is_slot_moving(&self) -> bool {
+        let Self::Unavailable(cause) = self else { return false };
+        cause.is::<SlotIsMoving>()
+            || cause.downcast_ref::<redis::RedisError>().is_some_and(|error| {
+                matches!(
+                    error.kind(),
+                    ErrorKind::Server(
+                        ServerErrorKind::TryAgain | ServerErrorKind::Ask | ServerErrorKind::Moved
+                    )
+                )
+            })
     }
 
     pub(crate) fn unavailable(reason: &'static str) -> Self {

@@ -9,6 +9,7 @@ mod lanes;
 mod lease;
 mod marks;
 mod masters;
+mod moving;
 mod position;
 mod server;
 mod values;
@@ -23,12 +24,15 @@ use deadpool_redis::redis::{Cmd, ErrorKind, FromRedisValue, Pipeline, ServerErro
 pub use apply::Applied;
 pub use config::{RedisConfig, RedisTls};
 pub use lease::{Acquired, Fill, LeaseId, LeaseToken, MAX_STALE};
+pub(crate) use moving::SlotIsMoving;
 pub use server::{EvictionPolicy, Masters};
 pub(crate) use values::Found;
 
 use crate::RedisError;
+use crate::names::Shard;
 use crate::script::Script;
-use batch::Group;
+use crate::slot::slot_of;
+use batch::{Group, requests};
 use lanes::{Lane, Lanes};
 
 /// Connection to one cache: a single server, a Cluster, or the master that Sentinels name.
@@ -97,6 +101,11 @@ impl Redis {
         answer.map_err(|error| self.lanes.failed(&lane, error))
     }
 
+    /// Where the names that belong to `key` live.
+    pub(crate) fn shard_of(&self, key: &str) -> Shard {
+        if self.is_cluster() { Shard::Slot(slot_of(key.as_bytes())) } else { Shard::Server }
+    }
+
     /// Runs commands in one write. In a cluster all their keys share a slot.
     async fn pipeline_on(&self, lane: &Lane, pipeline: &Pipeline) -> Result<Vec<Value>, RedisError> {
         let answers = match lane.connection() {
@@ -109,25 +118,40 @@ impl Redis {
         answers.map_err(|error| self.lanes.failed(lane, error))
     }
 
-    /// Calls a script. The arguments start with the number of keys.
+    /// Calls a script on the siblings of `key`. The arguments start with their number. If they are not at one node
+    /// because their slot is moving, the answer is `otherwise`.
     async fn call<T: FromRedisValue>(
         &self,
         script: &Script,
+        key: &str,
         arguments: &impl ToRedisArgs,
+        otherwise: T,
     ) -> Result<T, RedisError> {
-        match self.query(script.call().arg(arguments)).await {
+        let (shard, moving) = (self.shard_of(key), self.lanes.moving());
+        if moving.contains(shard) {
+            return Ok(otherwise);
+        }
+        let answer = match self.query(script.call().arg(arguments)).await {
             Err(RedisError::Unavailable(cause)) if is_unknown_script(&*cause) => {
                 self.query(script.call_with_text().arg(arguments)).await
+            }
+            answer => answer,
+        };
+        match answer {
+            Err(error) if error.is_slot_moving() => {
+                moving.notice(shard);
+                Ok(otherwise)
             }
             answer => answer,
         }
     }
 
-    /// Calls a script once per key, in one round trip per server. Answers are in the order of the keys.
+    /// As [`call`](Self::call) once per key, in one round trip per server. Answers are in the order of the keys.
     async fn call_many<'a, A: ToRedisArgs>(
         &self,
         script: &Script,
         keys: impl Iterator<Item = (&'a str, A)>,
+        otherwise: &Value,
     ) -> Result<Vec<Value>, RedisError> {
         let groups = self.group(keys.enumerate(), |(_, (key, _))| key.as_bytes());
         let calls = |group: &Group<(usize, (&str, A))>| {
@@ -137,9 +161,18 @@ impl Redis {
             }
             pipeline
         };
-        let answers = self.run_all(groups.iter().map(calls).collect()).await?;
-        let places = groups.iter().flat_map(|group| group.items.iter().map(|(at, _)| *at));
-        let mut placed: Vec<_> = places.zip(answers.into_iter().flatten()).collect();
+        let requests = requests(&groups, calls);
+        let mut placed = Vec::new();
+        for (group, answers) in groups.iter().zip(self.run_each(&requests).await?) {
+            let places = group.items.iter().map(|(at, _)| *at);
+            match answers {
+                Ok(answers) => placed.extend(places.zip(answers)),
+                Err(error) if error.is_slot_moving() => {
+                    placed.extend(places.map(|at| (at, otherwise.clone())));
+                }
+                Err(error) => return Err(error),
+            }
+        }
         placed.sort_unstable_by_key(|(at, _)| *at);
         Ok(placed.into_iter().map(|(_, answer)| answer).collect())
     }

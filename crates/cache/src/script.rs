@@ -32,6 +32,17 @@ impl Script {
         Self { text, sha1: redis::Script::new(text).get_hash().to_owned() }
     }
 
+    /// The script that a call with its text or name means.
+    pub(crate) fn named(name: &[u8]) -> Option<&'static Self> {
+        let all: [&'static LazyLock<Self>; 6] = [&ACQUIRE, &FILL, &RELEASE, &APPLY, &LIMIT_STALE, &REGISTER];
+        all.into_iter().map(|script| &**script).find(|script| script.is_named(name))
+    }
+
+    /// Whether this is the text or name of this script.
+    pub(crate) fn is_named(&self, name: &[u8]) -> bool {
+        [self.sha1.as_bytes(), self.text.as_bytes()].contains(&name)
+    }
+
     /// A call by name: short, but a server that has restarted answers `NOSCRIPT`.
     pub(crate) fn call(&self) -> Cmd {
         let mut command = Cmd::new();

@@ -4,7 +4,7 @@ use deadpool_redis::redis::{Pipeline, Value};
 use event::CacheKey;
 
 use super::Redis;
-use super::batch::{Group, read};
+use super::batch::{Group, read, requests};
 use super::flush::beginning_with;
 use super::lease::MAX_STALE;
 use crate::names::{Shard, guard, marks, parse_registry_member, stale};
@@ -53,7 +53,7 @@ impl Redis {
     pub async fn apply(&self, work: &Work) -> Result<Applied, RedisError> {
         let mut applied = Applied::default();
         let groups = self.group(work.items(), |item| item.key.as_bytes());
-        let answers = self.run_all(groups.iter().map(invalidation).collect()).await?;
+        let answers = self.run_all(&requests(&groups, invalidation)).await?;
         let mut registries = Vec::new();
         let mut with_stale_copies = Vec::new();
         for (group, answers) in groups.into_iter().zip(answers) {
@@ -95,7 +95,7 @@ impl Redis {
             }
             pipeline
         };
-        self.run_all(groups.iter().map(limit).collect()).await.map(drop)
+        self.run_all(&requests(groups, limit)).await.map(drop)
     }
 }
 

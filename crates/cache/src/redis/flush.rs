@@ -2,7 +2,7 @@ use deadpool_redis::redis::{Cmd, Pipeline};
 use event::CacheKey;
 
 use super::Redis;
-use super::batch::read;
+use super::batch::{Group, read, requests};
 use super::masters::Master;
 use crate::{RedisError, names};
 
@@ -81,11 +81,11 @@ impl Redis {
 
     async fn unlink(&self, found: Vec<Vec<u8>>) -> Result<u64, RedisError> {
         let groups = self.group(found, |name| name);
-        let unlink = |names: &Vec<Vec<u8>>| {
+        let unlink = |group: &Group<Vec<u8>>| {
             let mut pipeline = Pipeline::with_capacity(1);
-            pipeline.cmd("UNLINK").arg(names);
+            pipeline.cmd("UNLINK").arg(&group.items);
             pipeline
         };
-        self.sum_all(groups.iter().map(|group| unlink(&group.items)).collect()).await
+        self.sum_all(&requests(&groups, unlink)).await
     }
 }

@@ -8,10 +8,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use deadpool_redis::redis::cluster_async::ClusterConnection;
 use deadpool_redis::redis::{self, AsyncConnectionConfig, ErrorKind, ServerErrorKind};
 
 use super::address::Target;
 use super::config::RedisConfig;
+use super::moving::Moving;
 use super::{Connection, within};
 use crate::RedisError;
 
@@ -26,6 +28,7 @@ pub(super) struct Lanes {
     slots: Box<[Slot]>,
     next: AtomicUsize,
     made: AtomicUsize,
+    moving: Moving,
 }
 
 #[derive(Default)]
@@ -54,7 +57,15 @@ impl Lanes {
             .set_connection_timeout(Some(config.connect_timeout))
             .set_response_timeout(Some(config.response_timeout));
         let slots = (0..config.pool_size.max(1)).map(|_| Slot::default()).collect();
-        Ok(Self { config, target, settings, slots, next: AtomicUsize::new(0), made: AtomicUsize::new(0) })
+        Ok(Self {
+            config,
+            target,
+            settings,
+            slots,
+            next: AtomicUsize::new(0),
+            made: AtomicUsize::new(0),
+            moving: Moving::default(),
+        })
     }
 
     pub(super) fn config(&self) -> &RedisConfig {
@@ -134,6 +145,18 @@ impl Lanes {
                 .await
                 .map(Connection::Server),
         }
+    }
+
+    pub(super) fn moving(&self) -> &Moving {
+        &self.moving
+    }
+
+    /// A connection to the cluster beside those that are shared.
+    pub(super) async fn dial_cluster(&self) -> Result<ClusterConnection, RedisError> {
+        let Target::Cluster { client, .. } = &self.target else {
+            return Err(RedisError::unexpected("only a cluster has slots that move"));
+        };
+        Ok(within(self.config.connect_timeout, client.get_async_connection()).await?)
     }
 
     fn install(&self, slot: usize, connection: Connection) -> Lane {

@@ -11,7 +11,6 @@ use super::batch::read;
 use crate::RedisError;
 use crate::names::{Shard, guard, marks, stale};
 use crate::script::{ACQUIRE, FILL, RELEASE};
-use crate::slot::slot_of;
 
 /// Longest time that a value may be served after its invalidation, to readers who ask for stale values. All parts of
 /// the system agree on it, so a copy's remaining time to live tells how long ago its value was invalidated.
@@ -85,7 +84,7 @@ impl Redis {
         unusable: bool,
     ) -> Result<Acquired, RedisError> {
         let arguments = AcquireArguments { key: key.as_str(), token, lease, unusable };
-        read_acquired(self.call(&ACQUIRE, &arguments).await?)
+        read_acquired(self.call(&ACQUIRE, key.as_str(), &arguments, bypass()).await?)
     }
 
     /// As [`acquire`](Self::acquire) for many keys in one round trip per server. Answers are in the order of the keys.
@@ -98,7 +97,7 @@ impl Redis {
         let arguments = keys.iter().map(|&(key, unusable)| {
             (key.as_str(), AcquireArguments { key: key.as_str(), token, lease, unusable })
         });
-        self.call_many(&ACQUIRE, arguments).await?.into_iter().map(read_acquired).collect()
+        self.call_many(&ACQUIRE, arguments, &bypass()).await?.into_iter().map(read_acquired).collect()
     }
 
     /// Stores a loaded value if the lease is still held, and says whether it was. The load must have begun after the
@@ -107,7 +106,7 @@ impl Redis {
     /// # Errors
     /// Any [`RedisError`]; the value may have been stored.
     pub async fn fill(&self, key: &CacheKey, lease: &LeaseId, fill: Fill<'_>) -> Result<bool, RedisError> {
-        self.call(&FILL, &self.fill_arguments(key, lease, fill)).await
+        self.call(&FILL, key.as_str(), &self.fill_arguments(key, lease, fill), false).await
     }
 
     /// As [`fill`](Self::fill) for many keys in one round trip per server. Answers are in the order of the keys.
@@ -117,7 +116,7 @@ impl Redis {
     ) -> Result<Vec<bool>, RedisError> {
         let arguments =
             fills.iter().map(|&(key, lease, fill)| (key.as_str(), self.fill_arguments(key, lease, fill)));
-        self.call_many(&FILL, arguments).await?.into_iter().map(read).collect()
+        self.call_many(&FILL, arguments, &Value::Int(0)).await?.into_iter().map(read).collect()
     }
 
     /// Gives back, without filling, the lease of `key` that this token was granted, if it was.
@@ -126,13 +125,12 @@ impl Redis {
     /// Any [`RedisError`]; the lease ends by itself.
     pub async fn release(&self, key: &CacheKey, token: LeaseToken) -> Result<(), RedisError> {
         let arguments = ReleaseArguments { key: key.as_str(), token };
-        self.call::<Value>(&RELEASE, &arguments).await.map(drop)
+        self.call(&RELEASE, key.as_str(), &arguments, Value::Nil).await.map(drop)
     }
 
     fn fill_arguments<'a>(&self, key: &'a CacheKey, lease: &'a LeaseId, fill: Fill<'a>) -> FillArguments<'a> {
         let key = key.as_str();
-        let shard = if self.is_cluster() { Shard::Slot(slot_of(key.as_bytes())) } else { Shard::Server };
-        FillArguments { key, shard, lease, fill }
+        FillArguments { key, shard: self.shard_of(key), lease, fill }
     }
 }
 
@@ -183,6 +181,11 @@ impl ToRedisArgs for ReleaseArguments<'_> {
     fn write_redis_args<W: ?Sized + RedisWrite>(&self, out: &mut W) {
         (1, guard(self.key), self.token.to_string()).write_redis_args(out);
     }
+}
+
+/// The answer of ACQUIRE when nothing can be stored.
+fn bypass() -> Value {
+    Value::Array(vec![Value::BulkString(b"BYPASS".to_vec())])
 }
 
 fn read_acquired(answer: Value) -> Result<Acquired, RedisError> {

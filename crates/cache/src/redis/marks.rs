@@ -7,7 +7,7 @@ use event::CacheKey;
 
 use super::Redis;
 use super::apply::{NAMES_PER_UNLINK, milliseconds};
-use super::batch::{Group, read};
+use super::batch::{Group, read, requests};
 use crate::RedisError;
 use crate::names::{Shard, guard, marks, parse_registry_member, registry_member};
 use crate::script::REGISTER;
@@ -31,8 +31,7 @@ impl Redis {
     /// finds it by [`orphan_marks`](Self::orphan_marks), never a stale read.
     pub async fn mark(&self, keys: &[CacheKey], xid: u64) -> Result<(), RedisError> {
         let groups = self.group(keys, |key| key.as_str().as_bytes());
-        let pipelines = groups.iter().map(|group| marking(group, xid)).collect();
-        self.run_all(pipelines).await.map(drop)
+        self.run_all(&requests(&groups, |group| marking(group, xid))).await.map(drop)
     }
 
     /// Removes the marks of transaction `xid`, whose outcome must be known: committed and visible, or rolled back. One
@@ -57,7 +56,12 @@ impl Redis {
         let mut orphans = Vec::new();
         for master in self.masters().await? {
             for shards in master.shards.chunks(REGISTRIES_PER_PIPELINE) {
-                for answer in self.pipeline_to(&master, listing(shards, until)).await? {
+                let answers = match self.pipeline_to(&master, listing(shards, until)).await {
+                    // The registry of a slot that is moving may be at another node.
+                    Err(error) if error.is_slot_moving() => self.run_singly(&listing(shards, until)).await,
+                    answers => answers,
+                };
+                for answer in answers? {
                     let members: Vec<String> = read(answer)?;
                     orphans.extend(members.iter().filter_map(|member| parse_mark(member)));
                 }
@@ -79,7 +83,12 @@ impl Redis {
     /// key was deleted, and whatever is interrupted stays registered.
     pub(super) async fn remove_marks(&self, marked: &[(&str, u64)]) -> Result<u64, RedisError> {
         let groups = self.group(marked, |(key, _)| key.as_bytes());
-        self.sum_all(groups.iter().map(unmarking).collect()).await
+        let answers = self.run_all(&requests(&groups, unmarking)).await?;
+        let removals = groups.iter().zip(answers).flat_map(|(group, answers)| {
+            let deletes = group.items.len().div_ceil(NAMES_PER_UNLINK / 2);
+            answers.into_iter().skip(deletes).take(group.items.len())
+        });
+        removals.map(read::<u64>).sum()
     }
 
     async fn now_ms(&self) -> Result<u64, RedisError> {
@@ -93,7 +102,12 @@ impl Redis {
 /// Registry, then marks, then deletes: a mark is never without its entry in the registry, and a key is deleted when
 /// nothing can fill it any more.
 fn marking(group: &Group<&CacheKey>, xid: u64) -> Pipeline {
-    let mut pipeline = Pipeline::with_capacity(group.items.len() + 2);
+    let mut pipeline = Pipeline::with_capacity(group.items.len() + 3);
+    if let Shard::Slot(_) = group.shard {
+        // If a later command is to be asked for at another node, the client sends all of them there, with leave for the
+        // first only. It must not be the one that creates a registry, for there is one at this node.
+        pipeline.cmd("EXISTS").arg(group.shard.registry());
+    }
     REGISTER.call_in(&mut pipeline, true).arg(1).arg(group.shard.registry());
     for key in &group.items {
         pipeline.arg(registry_member(key.as_str(), xid));
@@ -117,13 +131,12 @@ fn unmarking(group: &Group<&(&str, u64)>) -> Pipeline {
         for (key, _) in keys {
             pipeline.arg(guard(key)).arg(*key);
         }
-        pipeline.ignore();
     }
     for (key, xid) in &group.items {
         pipeline.cmd("SREM").arg(marks(key)).arg(*xid);
     }
     for (key, xid) in &group.items {
-        pipeline.cmd("ZREM").arg(group.shard.registry()).arg(registry_member(key, *xid)).ignore();
+        pipeline.cmd("ZREM").arg(group.shard.registry()).arg(registry_member(key, *xid));
     }
     pipeline
 }

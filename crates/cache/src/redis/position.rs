@@ -12,7 +12,7 @@ impl Redis {
     pub async fn load_position(&self, durable: &str) -> Result<Option<Vec<u8>>, RedisError> {
         let mut get = Cmd::new();
         get.arg("GET").arg(names::position(durable));
-        self.query(&get).await
+        self.query_one_key(&get).await
     }
 
     /// Stores how far the subscriber `durable` has come, without a TTL.
@@ -22,6 +22,6 @@ impl Redis {
     pub async fn store_position(&self, durable: &str, record: &[u8]) -> Result<(), RedisError> {
         let mut set = Cmd::new();
         set.arg("SET").arg(names::position(durable)).arg(record);
-        self.query(&set).await
+        self.query_one_key(&set).await
     }
 }

@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use deadpool_redis::redis::{self, Cmd, Pipeline, Value};
 use event::CacheKey;
+use futures::{StreamExt as _, TryStreamExt as _, stream};
 
 use super::Redis;
-use super::batch::read;
+use super::batch::{MAX_PIPELINES, Request, read};
 use super::lease::MAX_STALE;
 use crate::RedisError;
 use crate::names::{marks, stale};
@@ -20,6 +21,12 @@ pub(crate) enum Found {
     WrongType,
 }
 
+impl Found {
+    fn value(self) -> Option<Vec<u8>> {
+        if let Self::Value(value) = self { Some(value) } else { None }
+    }
+}
+
 impl Redis {
     /// One plain `GET`.
     pub(crate) async fn get(&self, key: &CacheKey) -> Result<Found, RedisError> {
@@ -29,12 +36,26 @@ impl Redis {
             Ok(Some(value)) => Ok(Found::Value(value)),
             Ok(None) => Ok(Found::Nothing),
             Err(RedisError::Unexpected(cause)) if is_wrong_type(&*cause) => Ok(Found::WrongType),
+            // Not found at either node, with others asking there at the same time.
+            Err(error) if error.is_slot_moving() => Ok(Found::Nothing),
             Err(error) => Err(error),
         }
     }
 
     /// One `MGET`, in a cluster one per slot. A value of the wrong type counts as absent.
     pub(crate) async fn get_many(&self, keys: &[&CacheKey]) -> Result<Vec<Option<Vec<u8>>>, RedisError> {
+        match self.get_together(keys).await {
+            Err(error) if error.is_slot_moving() => {
+                // Its keys are not all at one node.
+                let each: Vec<_> = keys.iter().map(|key| self.get(key)).collect();
+                let found = stream::iter(each).buffered(MAX_PIPELINES).try_collect::<Vec<_>>().await?;
+                Ok(found.into_iter().map(Found::value).collect())
+            }
+            found => found,
+        }
+    }
+
+    async fn get_together(&self, keys: &[&CacheKey]) -> Result<Vec<Option<Vec<u8>>>, RedisError> {
         let mut get = Cmd::new();
         get.arg("MGET");
         for key in keys {
@@ -52,11 +73,13 @@ impl Redis {
         let key = key.as_str();
         let mut pipeline = Pipeline::with_capacity(3);
         pipeline.cmd("EXISTS").arg(marks(key)).cmd("PTTL").arg(stale(key)).cmd("GET").arg(stale(key));
-        let answers = self.run_all(vec![pipeline]).await?.into_iter().flatten();
-        let [marked, remaining, value]: [Value; 3] = answers
-            .collect::<Vec<_>>()
-            .try_into()
-            .map_err(|_| RedisError::unexpected("not as many answers as commands"))?;
+        let request = Request { shard: self.shard_of(key), pipeline };
+        let answers = match self.run_each(&[request]).await?.pop() {
+            Some(Err(error)) if error.is_slot_moving() => return Ok(None),
+            answers => answers.unwrap_or(Ok(Vec::new()))?,
+        };
+        let [marked, remaining, value]: [Value; 3] =
+            answers.try_into().map_err(|_| RedisError::unexpected("not as many answers as commands"))?;
         let remaining_ms = u64::try_from(read::<i64>(remaining)?).unwrap_or(0);
         let age = MAX_STALE.saturating_sub(Duration::from_millis(remaining_ms));
         let acceptable = !read::<bool>(marked)? && remaining_ms > 0 && age <= longest;

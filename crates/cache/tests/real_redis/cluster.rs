@@ -11,13 +11,13 @@ use event::{CacheKey, Change};
 use crate::reader::{Loads, find};
 use crate::support::{MINUTE, SOON, committed, connect, deleted, granted, key, plain, updated, work};
 
-struct Nodes {
-    cluster: RedisCluster,
-    redis: Redis,
+pub(crate) struct Nodes {
+    pub(crate) cluster: RedisCluster,
+    pub(crate) redis: Redis,
 }
 
 impl Nodes {
-    async fn start(masters: usize, replicas: usize) -> Self {
+    pub(crate) async fn start(masters: usize, replicas: usize) -> Self {
         let cluster = RedisCluster::start(masters, replicas).await.unwrap();
         let hosts: Vec<String> = cluster.nodes.iter().map(|node| node.address().to_string()).collect();
         let redis = connect(&format!("redis+cluster://{}", hosts.join(",")));
@@ -25,7 +25,7 @@ impl Nodes {
     }
 
     /// Everything in the cluster.
-    async fn names(&self) -> BTreeSet<String> {
+    pub(crate) async fn names(&self) -> BTreeSet<String> {
         let mut names = BTreeSet::new();
         for node in &self.cluster.nodes {
             let found = node.command(&["KEYS", "*"]).await.unwrap();

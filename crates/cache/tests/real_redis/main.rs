@@ -9,6 +9,7 @@ mod flush;
 mod lease;
 mod many;
 mod marks;
+mod moving;
 mod reader;
 mod scripts;
 mod spawn;

@@ -1,0 +1,175 @@
+//! Slots of a cluster that are on their way to another node, one key at a time.
+//!
+//! A key that is no longer at the source has to be asked for at the target, with `ASKING` before each command; a command
+//! or script on several keys is refused (`TRYAGAIN`) unless they are all at the same node. A resharding that was broken
+//! off leaves a slot like this for as long as nobody mends it. What an invalidation needs is then done with commands on
+//! one key each. They are sent one after the other on a connection of their own: the client sends `ASKING` by itself, and
+//! on a connection that others use, one of their requests would come in between and take its effect.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use deadpool_redis::redis::cluster_async::ClusterConnection;
+use deadpool_redis::redis::{Arg, Cmd, ErrorKind, FromRedisValue, Pipeline, Value};
+
+use super::batch::read;
+use super::{Redis, within};
+use crate::RedisError;
+use crate::names::Shard;
+use crate::script::{APPLY, Script};
+
+/// For so long after a refusal requests on several keys of a slot are not tried again: each would be repeated by the
+/// client, with pauses, before it fails.
+const MOVES_FOR: Duration = Duration::from_secs(1);
+
+/// How often to say that a slot is still moving.
+const SAY_AGAIN: Duration = Duration::from_mins(1);
+
+/// The slots that are known to be moving, and the connection for them.
+#[derive(Default)]
+pub(super) struct Moving {
+    /// When each was last seen moving, and last spoken of.
+    seen: Mutex<HashMap<u16, Seen>>,
+    /// Their number, so that a cluster without any costs no lock.
+    count: AtomicUsize,
+    connection: tokio::sync::Mutex<Option<ClusterConnection>>,
+}
+
+struct Seen {
+    at: Instant,
+    said: Instant,
+}
+
+/// A request that was not sent because its slot is moving.
+#[derive(Debug, thiserror::Error)]
+#[error("the slot is moving to another node")]
+pub(crate) struct SlotIsMoving;
+
+impl Moving {
+    pub(super) fn contains(&self, shard: Shard) -> bool {
+        let Shard::Slot(slot) = shard else { return false };
+        if self.count.load(Ordering::Relaxed) == 0 {
+            return false;
+        }
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.get(&slot).is_some_and(|seen| seen.at.elapsed() < MOVES_FOR)
+    }
+
+    pub(super) fn notice(&self, shard: Shard) {
+        let Shard::Slot(slot) = shard else { return };
+        let now = Instant::now();
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let said = seen.get(&slot).map(|seen| seen.said).filter(|said| said.elapsed() < SAY_AGAIN);
+        if said.is_none() {
+            tracing::warn!(
+                slot,
+                "a slot of the redis cluster is moving; its keys are invalidated one by one and not cached"
+            );
+        }
+        seen.insert(slot, Seen { at: now, said: said.unwrap_or(now) });
+        seen.retain(|_, seen| seen.said.elapsed() < SAY_AGAIN || seen.at.elapsed() < MOVES_FOR);
+        self.count.store(seen.len(), Ordering::Relaxed);
+    }
+}
+
+impl Redis {
+    /// Carries out a pipeline by commands on one key each, in the same order. Answers as the pipeline would.
+    ///
+    /// Where a command deletes several keys it does not do so at once any more. It names every guard before its value,
+    /// and in this order no fill can put a value back: the lease goes first.
+    pub(super) async fn run_singly(&self, pipeline: &Pipeline) -> Result<Vec<Value>, RedisError> {
+        let mut answers = Vec::with_capacity(pipeline.len());
+        for command in pipeline.cmd_iter() {
+            answers.push(self.query_in_parts(command).await?);
+        }
+        Ok(answers)
+    }
+
+    async fn query_in_parts(&self, command: &Cmd) -> Result<Value, RedisError> {
+        match Parts::of(command)? {
+            Parts::Whole(command) => self.query_alone(&command).await,
+            Parts::Deletes { commands, answer } => {
+                let mut deleted = 0;
+                for command in &commands {
+                    deleted += read::<i64>(self.query_alone(command).await?)?;
+                }
+                Ok(Value::Int(answer.unwrap_or(deleted)))
+            }
+        }
+    }
+
+    /// Runs a command on one key, wherever that is.
+    pub(super) async fn query_one_key<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, RedisError> {
+        match self.query(command).await {
+            Err(error) if error.is_slot_moving() && self.is_cluster() => {
+                read(self.query_alone(command).await?)
+            }
+            answer => answer,
+        }
+    }
+
+    /// One command on one key, while nobody else uses the connection.
+    async fn query_alone(&self, command: &Cmd) -> Result<Value, RedisError> {
+        let mut place = self.lanes.moving().connection.lock().await;
+        let connection = match &mut *place {
+            Some(connection) => connection,
+            empty => empty.insert(self.lanes.dial_cluster().await?),
+        };
+        // A limit that passes leaves nothing behind: an `ASKING` without its command is spent by the next one, which
+        // has come to that node for a good reason.
+        let answer = within(self.limit, command.query_async(connection)).await;
+        if let Err(error) = &answer
+            && matches!(error.kind(), ErrorKind::Io | ErrorKind::Parse | ErrorKind::ClusterConnectionNotFound)
+        {
+            *place = None;
+        }
+        Ok(answer?)
+    }
+}
+
+/// A command in commands on one key.
+enum Parts {
+    /// It has only one.
+    Whole(Cmd),
+    /// Deletes, whose answers are added up unless another is given.
+    Deletes { commands: Vec<Cmd>, answer: Option<i64> },
+}
+
+impl Parts {
+    fn of(command: &Cmd) -> Result<Self, RedisError> {
+        let arguments: Vec<&[u8]> = command.args_iter().map(simple).collect();
+        let delete = |name: &[u8]| {
+            let mut delete = Cmd::new();
+            delete.arg("UNLINK").arg(name);
+            delete
+        };
+        match arguments.as_slice() {
+            [b"UNLINK", names @ ..] => {
+                Ok(Self::Deletes { commands: names.iter().map(|name| delete(name)).collect(), answer: None })
+            }
+            [b"EVAL" | b"EVALSHA", script, b"1", arguments @ ..] => {
+                let script = Script::named(script)
+                    .ok_or_else(|| RedisError::unexpected("a script that is none of the cache's"))?;
+                // With the text: the target may not have seen it.
+                let mut whole = script.call_with_text();
+                whole.arg(1).arg(arguments);
+                Ok(Self::Whole(whole))
+            }
+            // As if the version were not known, which is always safe.
+            [b"EVAL" | b"EVALSHA", script, b"3", value, guard, ..] if APPLY.is_named(script) => {
+                Ok(Self::Deletes { commands: vec![delete(guard), delete(value)], answer: Some(-1) })
+            }
+            [b"EVAL" | b"EVALSHA", ..] => Err(RedisError::Unavailable(SlotIsMoving.into())),
+            _ => Ok(Self::Whole(command.clone())),
+        }
+    }
+}
+
+fn simple(argument: Arg<&[u8]>) -> &[u8] {
+    match argument {
+        Arg::Simple(bytes) => bytes,
+        _ => b"0",
+    }
+}
