@@ -159,6 +159,23 @@ async fn users_of_the_readme_may_do_all_that_services_and_subscribers_do() {
     assert!(denials(&[&pair.stack.redis]).await.contains("scan"));
 }
 
+/// Leaves the slot of a key between two nodes.
+async fn begin_to_move(cluster: &RedisCluster, key: &str) {
+    let nodes = &cluster.nodes;
+    let slot = nodes[0].command(&["CLUSTER", "KEYSLOT", key]).await.unwrap();
+    let mut owners = 0;
+    for (source, target) in nodes.iter().zip(nodes.iter().cycle().skip(1)) {
+        let name = target.command(&["CLUSTER", "MYID"]).await.unwrap();
+        // Others than the owner refuse.
+        if source.command(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &name]).await.is_ok() {
+            let name = source.command(&["CLUSTER", "MYID"]).await.unwrap();
+            target.command(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &name]).await.unwrap();
+            owners += 1;
+        }
+    }
+    assert_eq!(owners, 1);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn users_of_the_readme_may_do_the_same_in_a_cluster() {
     let pair = Pair::start().await.unwrap();
@@ -171,6 +188,7 @@ async fn users_of_the_readme_may_do_the_same_in_a_cluster() {
     let subscriber = pair.another_subscriber(&variables).unwrap();
     let redis = service(&url("service"));
     subscriber.until_ready().await;
+    begin_to_move(&cluster, "user:5").await;
     be_a_service(&pair, &redis).await;
     give_work(&pair, &redis, &subscriber).await;
     eventually(SETTLED, async || {
