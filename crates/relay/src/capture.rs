@@ -138,7 +138,7 @@ async fn read_on(
     health: &Component,
     shutdown: &Shutdown,
 ) -> Result<(), CaptureError> {
-    let Opened { stream, tables, expanders } = opening::open(capture, streaming).await?;
+    let Opened { stream, tables, expanders } = opening::open(capture, streaming, health).await?;
     tracing::info!(
         slot = capture.config.slot,
         publication = capture.config.publication,

@@ -3,11 +3,12 @@
 use event::MAX_NAMESPACES;
 use metrics::counter;
 use outbox::capture::{self as recorded, Position};
+use service::Component;
 use wal::session::Identity;
 use wal::slot::{self, SlotState};
 
 use super::Capture;
-use super::opening::{OpenError, position};
+use super::opening::{OpenError, create_slot, position};
 use crate::config::GapPolicy;
 use crate::metrics as names;
 
@@ -55,6 +56,7 @@ pub(super) async fn close(
     gap: Gap,
     existing: Option<SlotState>,
     identity: &Identity,
+    health: &Component,
 ) -> Result<(), OpenError> {
     let policy = capture.config.gap_policy;
     if policy == GapPolicy::Halt {
@@ -67,7 +69,7 @@ pub(super) async fn close(
         Some(state) => state.confirmed,
         None => {
             slot::discard_lost(pool, name).await?;
-            slot::create(pool, name).await?
+            create_slot(capture, health).await?
         }
     };
     // In this order: what commits from here on is in the slot, what committed before is flushed. Until the new position

@@ -4,7 +4,9 @@ use std::time::Duration;
 use outbox::capture::{self as recorded, Position};
 use rules::Rules;
 use rules::catalog::{self, CatalogError, ExpandError, Expander};
+use service::Component;
 use sqlx::PgPool;
+use wal::Lsn;
 use wal::publication::{self, PublicationError};
 use wal::session::{ChangeStream, Identity, Session, SessionError, StreamOptions};
 use wal::slot::{self, ServerFacts, SlotError, SlotState};
@@ -106,7 +108,11 @@ pub async fn check_rules(pool: &PgPool, rules: &Rules) -> Result<(), OpenError> 
 }
 
 /// Makes publication and slot ready, makes sure that nothing is missing since the log was last read, and begins.
-pub(super) async fn open(capture: &Capture, streaming: bool) -> Result<Opened, OpenError> {
+pub(super) async fn open(
+    capture: &Capture,
+    streaming: bool,
+    health: &Component,
+) -> Result<Opened, OpenError> {
     let pool = &capture.shared.pool;
     let config = &capture.config;
     let facts = slot::server_facts(pool).await?;
@@ -131,7 +137,7 @@ pub(super) async fn open(capture: &Capture, streaming: bool) -> Result<Opened, O
         Some(_) => recorded::position(pool, &config.slot).await?,
         None => None,
     };
-    ready_slot(capture, &facts, before, existing, &identity).await?;
+    ready_slot(capture, &facts, before, existing, &identity, health).await?;
     let options = StreamOptions {
         slot: &config.slot,
         publication: &config.publication,
@@ -155,24 +161,19 @@ async fn ready_slot(
     before: Option<Position>,
     existing: Option<SlotState>,
     identity: &Identity,
+    health: &Component,
 ) -> Result<(), OpenError> {
     let pool = &capture.shared.pool;
     let name = &capture.config.slot;
     let found = gap::find(before.as_ref(), existing.as_ref(), identity);
     if let Some(gap) = found {
-        return gap::close(capture, gap, existing, identity).await;
+        return gap::close(capture, gap, existing, identity, health).await;
     }
     let begins_at = match existing {
         Some(state) => state.confirmed,
         None => {
             warn_of_limits(facts);
-            tracing::info!(
-                slot = name,
-                "creating the slot; Postgres waits for all transactions that are open"
-            );
-            let begins_at = slot::create(pool, name).await?;
-            tracing::info!(slot = name, position = %begins_at, "created the slot; changes are captured from here on");
-            begins_at
+            create_slot(capture, health).await?
         }
     };
     let unchanged =
@@ -183,7 +184,23 @@ async fn ready_slot(
     Ok(())
 }
 
-pub(super) fn position(identity: &Identity, confirmed: wal::Lsn) -> Position {
+/// Creates the slot. Not ready meanwhile, and silent for as long as it takes: a restart would only begin to wait anew.
+pub(super) async fn create_slot(capture: &Capture, health: &Component) -> Result<Lsn, SlotError> {
+    let name = &capture.config.slot;
+    let waits = format!("creating slot {name}; Postgres waits for all transactions that are open");
+    tracing::info!("{waits}");
+    health.not_ready(waits);
+
+    health.idle();
+    let created = slot::create(&capture.shared.pool, name).await;
+    health.beat();
+    if let Ok(position) = &created {
+        tracing::info!(slot = name, %position, "created the slot; changes are captured from here on");
+    }
+    created
+}
+
+pub(super) fn position(identity: &Identity, confirmed: Lsn) -> Position {
     Position { system_id: identity.system_id.clone(), timeline: identity.timeline, confirmed: confirmed.0 }
 }
 

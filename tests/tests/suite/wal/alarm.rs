@@ -5,7 +5,8 @@ use tests::SETTLED;
 use wal::session::{ChangeStream, Session, Settings, StreamOptions};
 
 use super::{
-    USER_RULES, USERS, captured, fence, sql, until_not_ready_because, until_read, until_unread, write_log,
+    USER_RULES, USERS, captured, fence, relay, sql, until_not_ready_because, until_read, until_unread,
+    write_log,
 };
 
 const LIMIT: [(&str, &str); 2] = [("RELAY_SLOT_LAG_LIMIT", "3000000"), ("RELAY_SOURCE", "outbox,wal")];
@@ -67,6 +68,27 @@ async fn the_outbox_goes_on_while_the_log_cannot_be_read() {
     pair.until_none("cart:1").await;
 
     drop(holder);
+    pair.relay.until_ready().await;
+    fence(&pair).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_that_cannot_be_created_before_a_transaction_ends_is_told_while_the_outbox_goes_on() {
+    let pair = captured(USERS, USER_RULES, &LIMIT).await;
+    pair.relay.process().terminate().await.unwrap();
+    until_unread(&pair).await;
+    let (ok, text) = relay(&pair, &["slot", "drop"], &[]).await;
+    assert!(ok, "{text}");
+    let mut open = pair.pool.begin().await.unwrap();
+    sqlx::raw_sql("update users set name = 'x' where id = 1").execute(&mut *open).await.unwrap();
+    pair.relay.process().start().unwrap();
+
+    until_not_ready_because(&pair, "Postgres waits for all transactions that are open").await;
+    pair.fill("cart:1").await.unwrap();
+    pair.enqueue(&["cart:1"]).await.unwrap();
+    pair.until_none("cart:1").await;
+
+    open.commit().await.unwrap();
     pair.relay.until_ready().await;
     fence(&pair).await;
 }
