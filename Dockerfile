@@ -42,7 +42,7 @@ RUN find . -path ./target -prune -o -name '*.rs' -exec touch {} + \
 FROM ${RUNTIME_IMAGE} AS relay
 LABEL org.opencontainers.image.title="relay" \
       org.opencontainers.image.description="Publishes the cache invalidations of committed Postgres transactions to NATS JetStream" \
-      org.opencontainers.image.licenses="MIT OR Apache-2.0"
+      org.opencontainers.image.licenses="MIT"
 COPY --from=build /src/target/release/relay /usr/local/bin/relay
 # A number, so that an orchestrator can see that it is not root.
 USER 65532:65532
@@ -57,7 +57,7 @@ ENTRYPOINT ["/usr/local/bin/relay"]
 FROM ${RUNTIME_IMAGE} AS subscriber
 LABEL org.opencontainers.image.title="subscriber" \
       org.opencontainers.image.description="Invalidates the Redis keys that events from NATS JetStream name" \
-      org.opencontainers.image.licenses="MIT OR Apache-2.0"
+      org.opencontainers.image.licenses="MIT"
 COPY --from=build /src/target/release/subscriber /usr/local/bin/subscriber
 USER 65532:65532
 ENV HTTP_ADDR=0.0.0.0:9465
