@@ -9,6 +9,7 @@ mod crashes;
 mod debezium;
 mod history;
 mod nats_faults;
+mod nats_rights;
 mod postgres_faults;
 mod readme;
 mod redis_faults;

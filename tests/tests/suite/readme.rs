@@ -112,6 +112,19 @@ fn every_variable_and_command_of_the_compose_file_exists() {
     }
 }
 
+/// The anchors of a document.
+fn headings(text: &str) -> Vec<String> {
+    let titles = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("##"))
+        .map(|title| title.trim_start_matches('#').trim());
+    let anchor = |title: &str| {
+        let kept = title.chars().filter(|letter| letter.is_alphanumeric() || " -_".contains(*letter));
+        kept.collect::<String>().to_lowercase().replace(' ', "-")
+    };
+    titles.map(anchor).collect()
+}
+
 #[test]
 fn links_of_the_readme_lead_somewhere() {
     let readme = read("README.md");
@@ -122,7 +135,10 @@ fn links_of_the_readme_lead_somewhere() {
             continue;
         }
         links += 1;
-        assert!(root().join(target).exists(), "the README links to {target}");
+        let (file, heading) = target.split_once('#').unwrap_or((target, ""));
+        assert!(root().join(file).exists(), "the README links to {target}");
+        let known = heading.is_empty() || headings(&read(file)).contains(&heading.to_owned());
+        assert!(known, "the README links to {target}");
     }
     assert!(links > 5);
 }
