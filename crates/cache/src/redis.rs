@@ -6,6 +6,7 @@ mod batch;
 mod config;
 mod flush;
 mod lanes;
+mod layout;
 mod lease;
 mod marks;
 mod masters;

@@ -21,7 +21,7 @@ const CLUSTER_RETRY_WAIT_MS: (u64, u64) = (10, 200);
 /// A client that has not connected yet.
 pub(super) enum Target {
     Server(Box<Client>),
-    Cluster { client: Box<ClusterClient>, first_host: String },
+    Cluster { client: Box<ClusterClient>, first: Box<ConnectionInfo>, certificates: Option<TlsCertificates> },
     Sentinel(Box<tokio::sync::Mutex<SentinelClient>>),
 }
 
@@ -53,6 +53,27 @@ impl Target {
             "+sentinel" => sentinel(&Address::new(tls, rest), certificates, url),
             _ => Err(invalid("its scheme is not known", url)),
         }
+    }
+}
+
+impl Target {
+    /// A client for one node of the cluster, with the credentials and certificates of all.
+    pub(super) fn node(&self, host: &str, port: u16) -> Result<Client, RedisError> {
+        let Self::Cluster { first, certificates, .. } = self else {
+            return Err(RedisError::unexpected("only a cluster has nodes"));
+        };
+        let (host, mut address) = (host.to_owned(), first.addr().clone());
+        match &mut address {
+            ConnectionAddr::TcpTls { host: first, port: first_port, .. } => {
+                (*first, *first_port) = (host, port)
+            }
+            other => *other = ConnectionAddr::Tcp(host, port),
+        }
+        let info = first.as_ref().clone().set_addr(address);
+        Ok(match certificates.clone() {
+            Some(certificates) => Client::build_with_tls(info, certificates),
+            None => Client::open(info),
+        }?)
     }
 }
 
@@ -96,8 +117,8 @@ fn cluster(
     }
     let (shortest, longest) = CLUSTER_RETRY_WAIT_MS;
     let nodes = address.each_host()?;
-    let first_host = match nodes.first().map(ConnectionInfo::addr) {
-        Some(ConnectionAddr::Tcp(host, _) | ConnectionAddr::TcpTls { host, .. }) => host.clone(),
+    let first = match nodes.first() {
+        Some(first) if !host_of(first).is_empty() => Box::new(first.clone()),
         _ => return Err(invalid("it names no host", &config.url)),
     };
     let mut builder = ClusterClientBuilder::new(nodes)
@@ -110,11 +131,19 @@ fn cluster(
     if address.tls {
         builder = builder.tls(TlsMode::Secure);
     }
-    if let Some(certificates) = certificates {
+    if let Some(certificates) = certificates.clone() {
         builder = builder.certs(certificates);
     }
     let client = builder.build().map_err(|error| invalid(&error.to_string(), &config.url))?;
-    Ok(Target::Cluster { client: Box::new(client), first_host })
+    Ok(Target::Cluster { client: Box::new(client), first, certificates })
+}
+
+/// The host of a server; none for a socket.
+pub(super) fn host_of(info: &ConnectionInfo) -> &str {
+    match info.addr() {
+        ConnectionAddr::Tcp(host, _) | ConnectionAddr::TcpTls { host, .. } => host,
+        _ => "",
+    }
 }
 
 fn sentinel(

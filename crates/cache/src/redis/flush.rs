@@ -28,22 +28,31 @@ impl Redis {
     ///
     /// Leases go first: one granted before the scan either is found, and its fill will be refused, or has become a
     /// value before the scan of the values starts, and is found there. So when this returns every matching value was
-    /// loaded after the call.
+    /// loaded after the call. If slots of a cluster are moving meanwhile everything is searched twice.
     ///
     /// # Errors
     /// Any [`RedisError`]; repeat the call.
     pub async fn delete_matching(&self, patterns: &[String]) -> Result<u64, RedisError> {
-        let masters = self.masters().await?;
+        let layout = self.layout().await?;
+        let deleted = self.search(&layout.nodes, patterns).await?;
+        let now = self.layout().await?;
+        if layout.has_lasted(&now) {
+            return Ok(deleted);
+        }
+        Ok(deleted + self.search(&now.nodes, patterns).await?)
+    }
+
+    async fn search(&self, nodes: &[Master], patterns: &[String]) -> Result<u64, RedisError> {
         for pattern in patterns {
             let pattern = names::guards_and_stale_matching(pattern);
-            for master in &masters {
-                self.delete_found(master, &pattern, names::is_guard_or_stale).await?;
+            for node in nodes {
+                self.delete_found(node, &pattern, names::is_guard_or_stale).await?;
             }
         }
         let mut deleted = 0;
         for pattern in patterns {
-            for master in &masters {
-                deleted += self.delete_found(master, pattern, names::is_value).await?;
+            for node in nodes {
+                deleted += self.delete_found(node, pattern, names::is_value).await?;
             }
         }
         Ok(deleted)

@@ -8,10 +8,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::cluster_async::ClusterConnection;
 use deadpool_redis::redis::{self, AsyncConnectionConfig, ErrorKind, ServerErrorKind};
 
-use super::address::Target;
+use super::address::{self, Target};
 use super::config::RedisConfig;
 use super::moving::Moving;
 use super::{Connection, within};
@@ -79,7 +80,7 @@ impl Lanes {
     /// Host of the first node given for a cluster.
     pub(super) fn first_host(&self) -> &str {
         match &self.target {
-            Target::Cluster { first_host, .. } => first_host,
+            Target::Cluster { first, .. } => address::host_of(first),
             Target::Server(_) | Target::Sentinel(_) => "",
         }
     }
@@ -157,6 +158,16 @@ impl Lanes {
             return Err(RedisError::unexpected("only a cluster has slots that move"));
         };
         Ok(within(self.config.connect_timeout, client.get_async_connection()).await?)
+    }
+
+    /// A connection to one node of the cluster.
+    pub(super) async fn dial_node(
+        &self,
+        (host, port): &(String, u16),
+    ) -> Result<MultiplexedConnection, RedisError> {
+        let client = self.target.node(host, *port)?;
+        let dial = client.get_multiplexed_async_connection_with_config(&self.settings);
+        Ok(within(self.config.connect_timeout, dial).await?)
     }
 
     fn install(&self, slot: usize, connection: Connection) -> Lane {

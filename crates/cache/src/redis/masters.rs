@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::cluster_routing::{RoutingInfo, SingleNodeRoutingInfo};
 use deadpool_redis::redis::{Cmd, Pipeline, Value};
 
 use super::batch::read;
+use super::lanes::Lanes;
 use super::{Connection, Redis, within};
 use crate::RedisError;
 use crate::names::Shard;
@@ -15,15 +17,34 @@ pub(super) struct Master {
     /// In a cluster. By address, because a request routed by slot goes to any node while that slot's is away.
     address: Option<Address>,
     pub(super) shards: Vec<Shard>,
+    /// A connection of its own, to a node that has no slot: the cluster's client knows only those that have.
+    apart: Option<MultiplexedConnection>,
 }
 
-type Address = (String, u16);
+/// Host and port.
+pub(super) type Address = (String, u16);
+
+impl Master {
+    fn new(address: Option<Address>, shards: Vec<Shard>) -> Self {
+        Self { address, shards, apart: None }
+    }
+
+    /// A node that has no slot yet.
+    pub(super) async fn apart(address: Address, lanes: &Lanes) -> Result<Self, RedisError> {
+        let connection = lanes.dial_node(&address).await?;
+        Ok(Self { address: Some(address), shards: Vec::new(), apart: Some(connection) })
+    }
+
+    pub(super) fn is_at(&self, address: &Address) -> bool {
+        self.address.as_ref() == Some(address)
+    }
+}
 
 impl Redis {
     /// The masters as they are now.
     pub(super) async fn masters(&self) -> Result<Vec<Master>, RedisError> {
         if !self.is_cluster() {
-            return Ok(vec![Master { address: None, shards: vec![Shard::Server] }]);
+            return Ok(vec![Master::new(None, vec![Shard::Server])]);
         }
         let mut slots = Cmd::new();
         slots.arg("CLUSTER").arg("SLOTS");
@@ -36,10 +57,13 @@ impl Redis {
             by_address.entry((host, port)).or_default().extend((first..=last).map(Shard::Slot));
         }
         let masters = by_address.into_iter();
-        Ok(masters.map(|(address, shards)| Master { address: Some(address), shards }).collect())
+        Ok(masters.map(|(address, shards)| Master::new(Some(address), shards)).collect())
     }
 
     pub(super) async fn query_to(&self, master: &Master, command: &Cmd) -> Result<Value, RedisError> {
+        if let Some(connection) = &master.apart {
+            return Ok(within(self.limit, command.query_async(&mut connection.clone())).await?);
+        }
         let lane = self.lane().await?;
         let (Connection::Cluster(mut connection), Some(address)) = (lane.connection(), &master.address)
         else {

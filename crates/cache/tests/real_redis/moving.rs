@@ -32,13 +32,24 @@ struct Move<'a> {
 }
 
 impl<'a> Move<'a> {
-    /// Begins to move the slot of `key`.
+    /// Begins to move the slot of `key` to the next master.
     async fn begin(nodes: &'a Nodes, key: &CacheKey) -> Self {
-        let all = &nodes.cluster.nodes;
-        let slot = all[0].command(&["CLUSTER", "KEYSLOT", key.as_str()]).await.unwrap();
+        let masters = nodes.cluster.nodes.len();
+        Self::between(nodes, key, (Self::owner(nodes, key, masters).await.0 + 1) % masters).await
+    }
+
+    async fn owner(nodes: &Nodes, key: &CacheKey, masters: usize) -> (usize, String) {
+        let slot = nodes.cluster.nodes[0].command(&["CLUSTER", "KEYSLOT", key.as_str()]).await.unwrap();
         let number: usize = slot.parse().unwrap();
-        let owner = (0..all.len()).rfind(|index| SLOTS * index / all.len() <= number).unwrap();
-        let (source, target) = (&all[owner], &all[(owner + 1) % all.len()]);
+        ((0..masters).rfind(|index| SLOTS * index / masters <= number).unwrap(), slot)
+    }
+
+    /// Begins to move the slot of `key`, which is at one of the first two nodes if there is a choice, to that node.
+    async fn between(nodes: &'a Nodes, key: &CacheKey, target: usize) -> Self {
+        let all = &nodes.cluster.nodes;
+        let masters = if all.len() == 4 { 2 } else { all.len() };
+        let (owner, slot) = Self::owner(nodes, key, masters).await;
+        let (source, target) = (&all[owner], &all[target]);
         let moving = Self { slot, source, target };
         moving.set_slot(target, "IMPORTING", source).await;
         moving.set_slot(source, "MIGRATING", target).await;
@@ -68,6 +79,13 @@ impl<'a> Move<'a> {
         self.set_slot(self.source, "MIGRATING", self.target).await;
         if at == At::Target {
             self.migrate(name).await;
+        }
+    }
+
+    /// Leaves the slot where it was.
+    async fn abort(self) {
+        for node in [self.source, self.target] {
+            node.command(&["CLUSTER", "SETSLOT", &self.slot, "STABLE"]).await.unwrap();
         }
     }
 
@@ -160,6 +178,90 @@ async fn a_namespace_is_invalidated_in_a_moving_slot_at_both_nodes() {
     nodes.redis.apply(&work([namespace])).await.unwrap();
     assert_eq!(nodes.names().await, BTreeSet::new());
     moving.finish().await;
+}
+
+#[tokio::test]
+async fn a_namespace_is_invalidated_at_a_node_that_is_receiving_its_first_slot() {
+    let nodes = Nodes::start(2, 1).await;
+    let (all, key) = (&nodes.cluster.nodes, key("{user}:1"));
+    // A replica becomes a master without slots.
+    let [_, _, empty, _] = all.as_slice() else { panic!("two masters, two replicas") };
+    empty.command(&["CLUSTER", "RESET", "SOFT"]).await.unwrap();
+    let port = all[0].address().port().to_string();
+    empty.command(&["CLUSTER", "MEET", "127.0.0.1", &port]).await.unwrap();
+    let name = empty.command(&["CLUSTER", "MYID"]).await.unwrap();
+    eventually(SOON, async || {
+        for node in &all[..2] {
+            let table = node.command(&["CLUSTER", "NODES"]).await.unwrap();
+            if !table.lines().any(|line| line.starts_with(&name) && line.contains("master")) {
+                return Err(table);
+            }
+        }
+        let table = empty.command(&["CLUSTER", "NODES"]).await.unwrap();
+        if table.lines().count() == 4 && !table.contains("handshake") { Ok(()) } else { Err(table) }
+    })
+    .await;
+    nodes.cluster.wait_until_ready().await.unwrap();
+    let moving = Move::between(&nodes, &key, 2).await;
+    moving.put("{user}:1", "old", At::Target).await;
+    moving.put("\u{1f}g:{user}:2", "L7", At::Target).await;
+    let namespace = committed(&[&crate::support::key("{user}:")], Change::Namespace, &[7]);
+    nodes.redis.apply(&work([namespace])).await.unwrap();
+    assert_eq!(empty.command(&["DBSIZE"]).await.unwrap(), "0");
+}
+
+#[tokio::test]
+async fn a_key_that_moves_behind_the_search_for_its_namespace_is_found_all_the_same() {
+    const KEYS: usize = 3_000;
+    let nodes = Nodes::start(2, 0).await;
+    let all = &nodes.cluster.nodes;
+    // Nodes are searched in the order of their addresses; the target comes first, and takes a while.
+    let first = usize::from(all[1].address() < all[0].address());
+    let tag = (0..).map(|n| format!("{{{n}}}"));
+    let owner = async |tag: &str| all[0].command(&["GET", tag]).await.map_or(1, |_| 0);
+    let (mut there, mut here) = (None, None);
+    for tag in tag {
+        match owner(&tag).await == first {
+            true => there = Some(tag),
+            false => here = Some(tag),
+        }
+        if there.is_some() && here.is_some() {
+            break;
+        }
+    }
+    let (there, here) = (there.unwrap(), here.unwrap());
+    let put = async |node: &devstack::Redis, tag: &str, kind: &str, count: usize| {
+        let names: Vec<String> = (0..count).map(|n| format!("{tag}:{kind}:{n}")).collect();
+        for some in names.chunks(1_000) {
+            let mut command = vec!["MSET"];
+            some.iter().for_each(|name| command.extend([name.as_str(), "v"]));
+            node.command(&command).await.unwrap();
+        }
+        names
+    };
+    put(&all[first], &there, "unrelated", 40_000).await;
+    for round in 0..3 {
+        let names = put(&all[1 - first], &here, "moved", KEYS).await;
+        let moving = Move::between(&nodes, &key(&here), first).await;
+        let namespace = key(&format!("{here}:moved:"));
+        let apply = async {
+            let event = committed(&[&namespace], Change::Namespace, &[7]);
+            nodes.redis.apply(&work([event])).await.unwrap();
+        };
+        let migrate = async {
+            let port = moving.target.address().port().to_string();
+            for some in names.chunks(20) {
+                let mut command = vec!["MIGRATE", "127.0.0.1", port.as_str(), "", "0", "5000", "KEYS"];
+                command.extend(some.iter().map(String::as_str));
+                moving.source.command(&command).await.unwrap();
+            }
+        };
+        tokio::join!(apply, migrate);
+        let left = nodes.names().await;
+        let left: Vec<&String> = left.iter().filter(|name| name.starts_with(namespace.as_str())).collect();
+        assert!(left.is_empty(), "round {round}: {} left", left.len());
+        moving.abort().await;
+    }
 }
 
 #[tokio::test]
