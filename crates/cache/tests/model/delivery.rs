@@ -1,5 +1,6 @@
 //! What becomes of an event and a mark without their writer: relay, subscriber and resolver.
 
+use crate::protocol::Deletes;
 use crate::scenario::Change;
 use crate::state::State;
 use crate::system::System;
@@ -10,6 +11,10 @@ use crate::writer::{Client, Transaction};
 pub enum DeliveryStep {
     /// The relay has published the event and a subscriber acts on it, for the first time or again.
     Apply,
+    /// The same in two steps: it deletes one of guard and value, for the first time or again.
+    ApplyFirst,
+    /// It deletes the other.
+    ApplySecond,
     /// The subscriber removes the mark of a transaction whose event it has acted on.
     RemoveMark,
     /// A forgotten mark is removed after Postgres has said how its transaction ended.
@@ -30,6 +35,11 @@ impl System {
         let flushed = it.transaction == Transaction::Flushed;
         if protocol.events_are_delivered && (visible || flushed && !protocol.events_wait_for_visibility) {
             offer(DeliveryStep::Apply);
+            match protocol.deletes {
+                Deletes::AtOnce => {}
+                _ if it.half_delivered => offer(DeliveryStep::ApplySecond),
+                _ => offer(DeliveryStep::ApplyFirst),
+            }
         }
         if !state.key.marks.contains(writer) {
             if self.marks(writer) && it.client > Client::Working {
@@ -58,6 +68,14 @@ impl System {
                     Change::Delete => key.invalidate(&self.protocol),
                     Change::Update => drop(key.apply_update(&self.protocol, it.value, it.version)),
                 }
+            }
+            DeliveryStep::ApplyFirst => {
+                it.half_delivered = true;
+                key.delete_first(self.protocol.deletes);
+            }
+            DeliveryStep::ApplySecond => {
+                (it.half_delivered, it.delivered) = (false, true);
+                key.delete_second(self.protocol.deletes);
             }
             DeliveryStep::RemoveMark | DeliveryStep::Resolve | DeliveryStep::LoseMark => {
                 key.unmark_remove(writer);

@@ -3,7 +3,7 @@
 //! Every function is one script or one command of the real thing and nothing here knows the model checker, so that the
 //! same functions can be compared with a real server.
 
-use crate::protocol::Protocol;
+use crate::protocol::{Deletes, Protocol};
 use crate::transactions::Transactions;
 
 /// A lease.
@@ -101,6 +101,22 @@ impl KeyState {
         self.delete(protocol.delete_voids_lease);
         if !protocol.delete_spares_marks {
             self.marks = Transactions::NONE;
+        }
+    }
+
+    /// The first half of a delete in a moving slot, which is also what an update does there.
+    pub fn delete_first(&mut self, deletes: Deletes) {
+        match deletes {
+            Deletes::ValueFirst => self.value = None,
+            Deletes::AtOnce | Deletes::GuardFirst => self.guard = Guard::Absent,
+        }
+    }
+
+    /// The second half.
+    pub fn delete_second(&mut self, deletes: Deletes) {
+        match deletes {
+            Deletes::ValueFirst => self.guard = Guard::Absent,
+            Deletes::AtOnce | Deletes::GuardFirst => self.value = None,
         }
     }
 

@@ -39,6 +39,7 @@
 //!   wait, and nothing can be filled under it.
 //! - A copy of FILL: the first to arrive has ended the lease or found it ended, and no later one has its name.
 //! - RELEASE and its copies: a lease may be evicted at every moment.
+//! - Deletes in two steps where the slot of a Cluster is moving, except in the tests that are about them.
 //! - How late Postgres notices a dead client, or a subscriber a commit: every step may be arbitrarily late.
 //!
 //! What it takes for granted: Redis forgets no acknowledged write except by expiry and eviction, marks are never

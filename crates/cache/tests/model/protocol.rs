@@ -1,5 +1,16 @@
 //! The rules of the protocol, each of which can be broken.
 
+/// How a delete is carried out where the names of a key may be at two nodes, because its slot is moving.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Deletes {
+    /// They are not: guard and value go together.
+    AtOnce,
+    /// Together or in two steps, the guard first.
+    GuardFirst,
+    /// Together or in two steps, the value first.
+    ValueFirst,
+}
+
 /// Every rule that the argument for the promises rests on. The sound protocol keeps all of them; a weakened variant is
 /// `Protocol { some_rule: false, ..Protocol::SOUND }`, so both are the same code.
 #[derive(Clone, Copy, Debug)]
@@ -24,6 +35,8 @@ pub struct Protocol {
     pub events_are_delivered: bool,
     /// Events are acted on only when their transaction is visible to new snapshots, not as soon as it is in the log.
     pub events_wait_for_visibility: bool,
+    /// Whether a delete may be interrupted, and after which half. That of UNMARK is needed for nothing here.
+    pub deletes: Deletes,
     /// INVALIDATE deletes the lease in flight, not only the value.
     pub delete_voids_lease: bool,
     /// INVALIDATE leaves the marks of other transactions alone.
@@ -66,6 +79,7 @@ impl Protocol {
         resolver_waits_for_visibility: true,
         events_are_delivered: true,
         events_wait_for_visibility: true,
+        deletes: Deletes::AtOnce,
         delete_voids_lease: true,
         delete_spares_marks: true,
         update_needs_known_version: true,

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use stateright::{Checker, Model};
 
-use crate::protocol::Protocol;
+use crate::protocol::{Deletes, Protocol};
 use crate::scenario::{ANY, DEFAULT, DEFAULT_UPDATE, STRICT, STRICT_UPDATE, Scenario};
 use crate::system::System;
 
@@ -74,6 +74,15 @@ fn values_that_cannot_be_decoded_may_be_replaced() {
         ..ANY
     };
     check("strict delete + default update, shared loads, unusable values", scenario);
+}
+
+#[test]
+fn deletes_in_two_steps_keep_both_promises_if_the_guard_goes_first() {
+    let protocol = Protocol { deletes: Deletes::GuardFirst, ..Protocol::SOUND };
+    let strict = Scenario { writers: &[STRICT, DEFAULT], ..ANY };
+    check_protocol("strict + default, deletes in two steps", protocol, strict);
+    let updates = Scenario { writers: &[STRICT_UPDATE, DEFAULT_UPDATE], versioned: true, ..ANY };
+    check_protocol("strict update + default update, deletes in two steps", protocol, updates);
 }
 
 /// UNMARK deletes before it removes the mark, in case a value has come from elsewhere: a client that does not keep to

@@ -59,7 +59,7 @@ impl State {
     fn compare_writers(&self, one: u8, other: u8) -> Ordering {
         let progress = |index: u8| {
             let writer = &self.writers[usize::from(index)];
-            (writer.client, writer.transaction, writer.delivered)
+            (writer.client, writer.transaction, writer.delivered, writer.half_delivered)
         };
         progress(one).cmp(&progress(other)).then_with(|| self.traces(one).cmp(&self.traces(other)))
     }

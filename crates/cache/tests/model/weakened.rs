@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use stateright::{Checker, HasDiscoveries, Model};
 
-use crate::protocol::Protocol;
+use crate::protocol::{Deletes, Protocol};
 use crate::scenario::{ANY, DEFAULT, DEFAULT_UPDATE, STRICT, STRICT_UPDATE, Scenario};
 use crate::system::{Action, System};
 
@@ -116,6 +116,16 @@ fn a_mark_must_come_before_its_delete() {
 #[test]
 fn a_delete_must_not_leave_the_lease() {
     breaks("converges", Protocol { delete_voids_lease: false, ..SOUND }, ONE_DEFAULT);
+}
+
+#[test]
+fn a_delete_in_two_steps_must_not_begin_with_the_value() {
+    breaks("converges", Protocol { deletes: Deletes::ValueFirst, ..SOUND }, ONE_DEFAULT);
+}
+
+#[test]
+fn a_mark_in_a_moving_slot_must_not_begin_with_the_value() {
+    breaks("strict", Protocol { deletes: Deletes::ValueFirst, ..SOUND }, ONE_STRICT);
 }
 
 #[test]

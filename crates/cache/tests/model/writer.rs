@@ -1,5 +1,6 @@
 //! Writers and what becomes of their transactions.
 
+use crate::protocol::Deletes;
 use crate::scenario::Promise;
 use crate::state::State;
 use crate::system::System;
@@ -17,6 +18,8 @@ pub enum Client {
     Working,
     /// Half of MARK is done.
     Marking,
+    /// MARK has deleted the first of guard and value.
+    MarkDeleting,
     /// MARK is done; `COMMIT` may be sent.
     Prepared,
     /// `COMMIT` is sent.
@@ -50,6 +53,8 @@ pub struct Writer {
     pub transaction: Transaction,
     /// The event has reached the cache at least once.
     pub delivered: bool,
+    /// The event has reached the cache and done the first half of its delete.
+    pub half_delivered: bool,
     /// What the key's value is once this transaction is visible. Kept only where events carry values.
     pub value: Transactions,
     /// The version of that value.
@@ -63,6 +68,8 @@ pub enum ClientStep {
     ChangeAndEnqueue,
     MarkAdd,
     MarkUnlink,
+    MarkUnlinkFirst,
+    MarkUnlinkSecond,
     DeleteBeforeCommit,
     SendCommit,
     HearOutcome,
@@ -115,7 +122,13 @@ impl System {
             Client::Working if protocol.writer_deletes_before_commit => {
                 offer(ClientStep::DeleteBeforeCommit);
             }
-            Client::Marking if protocol.mark_is_added_before_delete => offer(ClientStep::MarkUnlink),
+            Client::Marking if protocol.mark_is_added_before_delete => {
+                offer(ClientStep::MarkUnlink);
+                if protocol.deletes != Deletes::AtOnce {
+                    offer(ClientStep::MarkUnlinkFirst);
+                }
+            }
+            Client::MarkDeleting => offer(ClientStep::MarkUnlinkSecond),
             Client::Marking => offer(ClientStep::MarkAdd),
             Client::Working | Client::Prepared => offer(ClientStep::SendCommit),
             Client::Committing if writer.is_settled() => offer(ClientStep::HearOutcome),
@@ -127,7 +140,10 @@ impl System {
             Client::Unmarking => offer(ClientStep::UnmarkRemove),
             Client::Ready | Client::Numbered | Client::Committing | Client::Gone => {}
         }
-        if matches!(writer.client, Client::Working | Client::Marking | Client::Prepared) {
+        if matches!(
+            writer.client,
+            Client::Working | Client::Marking | Client::MarkDeleting | Client::Prepared
+        ) {
             offer(ClientStep::RollBack);
         }
         if self.scenario.writers_die && !matches!(writer.client, Client::Ready | Client::Gone) {
@@ -173,6 +189,14 @@ impl System {
             ClientStep::MarkUnlink => {
                 key.mark_unlink(protocol);
                 if protocol.mark_is_added_before_delete { Client::Prepared } else { Client::Marking }
+            }
+            ClientStep::MarkUnlinkFirst => {
+                key.delete_first(protocol.deletes);
+                Client::MarkDeleting
+            }
+            ClientStep::MarkUnlinkSecond => {
+                key.delete_second(protocol.deletes);
+                Client::Prepared
             }
             ClientStep::DeleteBeforeCommit => {
                 key.invalidate(protocol);
