@@ -8,6 +8,7 @@ use service::{Component, Shutdown};
 use wal::slot::{self, SlotState};
 
 use super::Capture;
+use crate::database::{PATIENCE, within};
 use crate::metrics as names;
 
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -23,13 +24,13 @@ pub async fn monitor(capture: Arc<Capture>, health: Component, shutdown: Shutdow
     let mut heartbeat_at = Instant::now();
     health.ready();
     while !shutdown.is_requested() {
-        match slot::find(&capture.shared.pool, &capture.config.slot).await {
+        match within(PATIENCE, slot::find(&capture.shared.pool, &capture.config.slot)).await {
             Ok(state) => {
                 judge(&capture, state.as_ref(), &mut behind_since, &health);
                 let lag = state.map_or(0, |state| state.lag_bytes);
                 if lag > HEARTBEAT_LAG_BYTES && heartbeat_at.elapsed() >= HEARTBEAT_INTERVAL {
                     heartbeat_at = Instant::now();
-                    if let Err(error) = slot::heartbeat(&capture.shared.pool).await {
+                    if let Err(error) = within(PATIENCE, slot::heartbeat(&capture.shared.pool)).await {
                         tracing::warn!(%error, "could not write a heartbeat to the log");
                     }
                 }

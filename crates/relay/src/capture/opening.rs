@@ -14,12 +14,19 @@ use wal::slot::{self, ServerFacts, SlotError, SlotState};
 use super::Capture;
 use super::gap::{self, Gap};
 use crate::config::CaptureConfig;
+use crate::database::{PATIENCE, within};
 
 /// How long Postgres waits for a sign of life before it gives the slot to another relay. The relay speaks every second.
 const WAL_SENDER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long connecting may take.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long Postgres may take to change the publication, which waits for others that change its tables.
+const PUBLICATION_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How often to look whether Postgres is still creating the slot.
+const CREATION_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Why the log cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -115,13 +122,13 @@ pub(super) async fn open(
 ) -> Result<Opened, OpenError> {
     let pool = &capture.shared.pool;
     let config = &capture.config;
-    let facts = slot::server_facts(pool).await?;
+    let facts = within(PATIENCE, slot::server_facts(pool)).await?;
     if facts.is_standby {
         return Err(OpenError::Standby);
     }
     // Read before the slot and again after it: meanwhile another relay may create the slot, or read on and die.
-    let known = recorded::position(pool, &config.slot).await?;
-    let existing = slot::find(pool, &config.slot).await?;
+    let known = within(PATIENCE, recorded::position(pool, &config.slot)).await?;
+    let existing = within(PATIENCE, slot::find(pool, &config.slot)).await?;
     if let Some(state) = &existing {
         slot::check(&config.slot, state, &facts)?;
         if let Some(pid) = state.active_pid {
@@ -129,12 +136,13 @@ pub(super) async fn open(
         }
     }
     // Before the slot: what is decoded is looked up in the catalog as it was at that point of the log.
-    let tables = publication::ensure(pool, &config.publication, &capture.rules).await?;
-    let expanders = catalog::expanders(pool, &capture.rules).await?;
+    let tables =
+        within(PUBLICATION_PATIENCE, publication::ensure(pool, &config.publication, &capture.rules)).await?;
+    let expanders = within(PUBLICATION_PATIENCE, catalog::expanders(pool, &capture.rules)).await?;
     let mut session = Session::open(&capture.settings, WAL_SENDER_TIMEOUT, CONNECT_PATIENCE).await?;
     let identity = in_time(session.identify()).await?;
     let before = match known {
-        Some(_) => recorded::position(pool, &config.slot).await?,
+        Some(_) => within(PATIENCE, recorded::position(pool, &config.slot)).await?,
         None => None,
     };
     ready_slot(capture, &facts, before, existing, &identity, health).await?;
@@ -179,25 +187,33 @@ async fn ready_slot(
     let unchanged =
         before.is_some_and(|before| before.timeline == identity.timeline && before.confirmed >= begins_at.0);
     if !unchanged {
-        recorded::begin(pool, name, &position(identity, begins_at)).await?;
+        let position = position(identity, begins_at);
+        within(PATIENCE, recorded::begin(pool, name, &position)).await?;
     }
     Ok(())
 }
 
-/// Creates the slot. Not ready meanwhile, and silent for as long as it takes: a restart would only begin to wait anew.
+/// Creates the slot. Not ready meanwhile, and alive for as long as Postgres is at it: a restart would begin to wait anew.
 pub(super) async fn create_slot(capture: &Capture, health: &Component) -> Result<Lsn, SlotError> {
-    let name = &capture.config.slot;
+    let (pool, name) = (&capture.shared.pool, &capture.config.slot);
     let waits = format!("creating slot {name}; Postgres waits for all transactions that are open");
     tracing::info!("{waits}");
     health.not_ready(waits);
-
-    health.idle();
-    let created = slot::create(&capture.shared.pool, name).await;
-    health.beat();
-    if let Ok(position) = &created {
-        tracing::info!(slot = name, %position, "created the slot; changes are captured from here on");
-    }
-    created
+    let creating = slot::create(pool, name);
+    tokio::pin!(creating);
+    let created = loop {
+        tokio::select! {
+            created = &mut creating => break created?,
+            () = tokio::time::sleep(CREATION_INTERVAL) => {
+                let found = within(PATIENCE, slot::find(pool, name)).await;
+                if found.is_ok_and(|state| state.is_some_and(|state| state.active_pid.is_some())) {
+                    health.beat();
+                }
+            }
+        }
+    };
+    tracing::info!(slot = name, position = %created, "created the slot; changes are captured from here on");
+    Ok(created)
 }
 
 pub(super) fn position(identity: &Identity, confirmed: Lsn) -> Position {

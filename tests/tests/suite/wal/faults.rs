@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use devstack::proxy::{FaultProxy, Mode};
 use devstack::{Process, eventually};
 use sqlx::AssertSqlSafe;
 use tests::{Pair, SETTLED};
@@ -158,6 +159,29 @@ async fn an_idle_database_does_not_hold_back_the_log_that_another_one_writes() {
     let before = position().await;
     tokio::time::sleep(Duration::from_secs(3)).await;
     assert_eq!(position().await, before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_question_that_was_lost_on_the_way_to_postgres_is_asked_again() {
+    let pair = users().await;
+    pair.relay.process().terminate().await.unwrap();
+    let proxy = FaultProxy::start(pair.stack.postgres.address()).await.unwrap();
+    let url = pair.stack.postgres.url_through(&proxy, "postgres");
+    let relay = pair.another_relay(&[("DATABASE_URL", url)]).unwrap();
+    relay.until_ready().await;
+    let server = until_read(&pair).await;
+    // It begins anew, and what it asks first is swallowed: no answer, and no reset either.
+    proxy.set_mode(Mode::DropToServer);
+    sql(&pair, &format!("select pg_terminate_backend({server})")).await;
+    eventually(SETTLED, async || {
+        let log = relay.process().log();
+        if log.contains("the write-ahead log is not read") { Ok(()) } else { Err(log) }
+    })
+    .await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    proxy.set_mode(Mode::Pass);
+    until_read(&pair).await;
+    fence(&pair).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
