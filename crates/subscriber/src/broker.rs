@@ -118,8 +118,12 @@ pub async fn look(
     stream: &mut Stream,
     consumer: &mut PullConsumer,
 ) -> Result<(Seen, Pending), async_nats::Error> {
-    let info = stream.info().await?.clone();
+    let mut info = stream.info().await?.clone();
     let state = consumer.info().await?;
+    if state.ack_floor.stream_sequence > info.state.last_sequence {
+        // Published and acknowledged between the two looks, unless it was lost.
+        info = stream.info().await?.clone();
+    }
     let seen = Seen {
         stream_created_us: info.created.timestamp_micros(),
         first_seq: info.state.first_sequence,

@@ -77,12 +77,12 @@ impl Position {
         if self.stream_created_us != seen.stream_created_us {
             return Continuity::Recreated;
         }
-        let applied = self.acked_seq.max(seen.ack_floor);
-        if applied > seen.last_seq {
+        if self.acked_seq.max(seen.ack_floor) > seen.last_seq {
             return Continuity::Truncated;
         }
-        // `first_seq` is the sequence of the first message, or of the next one to come if there is none.
-        match seen.first_seq.saturating_sub(1).saturating_sub(applied) {
+        // `first_seq` is the sequence of the first message, or of the next one to come if there is none. The floor of the
+        // consumer proves nothing here: nats-server itself moves it over messages that have expired unread.
+        match seen.first_seq.saturating_sub(1).saturating_sub(self.acked_seq) {
             0 => Continuity::Whole,
             messages => Continuity::Expired { messages },
         }
@@ -118,6 +118,9 @@ mod tests {
     fn messages_that_expired_unread_are_counted() {
         let seen = Seen { first_seq: 121, ..SEEN };
         assert_eq!(KNOWN.judge(seen), Continuity::Expired { messages: 20 });
+        // Since 2.9.17 nats-server moves the floor over them.
+        let seen = Seen { first_seq: 1_001, last_seq: 1_000, ack_floor: 1_000, ..SEEN };
+        assert_eq!(KNOWN.judge(seen), Continuity::Expired { messages: 900 });
     }
 
     #[test]

@@ -3,12 +3,13 @@
 mod gap;
 mod restart;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::PullConsumer;
 use async_nats::jetstream::{self, stream::Stream};
 use cache::Redis;
-use chrono::{DateTime, Utc};
+use chrono::DateTime;
 use event::nats::STREAM;
 use metrics::gauge;
 use service::nats::Nats;
@@ -57,8 +58,6 @@ struct Memory {
     stored: Option<Position>,
     /// Whether the position could not be stored because Redis is full.
     is_full: bool,
-    /// When Redis was last seen to be the one it was.
-    redis_unchanged: Option<DateTime<Utc>>,
     handles: Option<(Stream, PullConsumer)>,
     /// Since when a gap has been waiting for a relay's word.
     doubt: Option<Instant>,
@@ -135,6 +134,7 @@ impl Supervisor {
             memory.stored = self.load_position().await?;
             memory.position = Some(memory.stored.clone().unwrap_or_default());
         }
+        self.take_word_of(&masters.instances, memory).await?;
         let position = memory.position.clone().unwrap_or_default();
         let seen = match self.look_at_stream(memory, &position).await {
             Err(LookError::Broker(BrokerError::NoStream)) if self.may_lack_stream(&position) => {
@@ -164,6 +164,17 @@ impl Supervisor {
     async fn load_position(&self) -> Result<Option<Position>, LookError> {
         let record = self.redis.load_position(&self.config.durable).await?;
         Ok(record.and_then(|record| serde_json::from_slice(&record).ok()))
+    }
+
+    /// A Redis that was not there before says itself how old its data is: by the record that came with it. Another
+    /// subscriber may also have brought it up to date by now.
+    async fn take_word_of(&self, instances: &BTreeSet<String>, memory: &mut Memory) -> Result<(), LookError> {
+        let is_known = memory.position.as_ref().is_some_and(|known| instances.is_subset(&known.instances));
+        if !is_known && let Some(stored) = self.load_position().await? {
+            memory.stored = Some(stored.clone());
+            memory.position = Some(stored);
+        }
+        Ok(())
     }
 
     /// Who has Debezium's events to apply does not need a relay. A stream that was there before is missed all the same.

@@ -1,6 +1,6 @@
 //! Redis is down, full, comes back with old data, fails over, or is a cluster.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cache::{Acquired, Fill, LeaseToken};
 use devstack::{RedisCluster, RedisReplicaPair, eventually};
@@ -104,8 +104,13 @@ async fn promoted_replica_that_lagged_is_replayed_to() {
     let redis = RedisReplicaPair::start_with_sentinel().await.unwrap();
     let sentinel = redis.sentinel.as_ref().unwrap().address();
     let url = format!("redis+sentinel://{sentinel}/{}", RedisReplicaPair::MASTER_NAME);
-    let subscriber =
-        pair.another_subscriber(&[("REDIS_URL", url), ("SUBSCRIBER_DURABLE", "pair".to_owned())]).unwrap();
+    let variables = [
+        ("REDIS_URL", url),
+        ("SUBSCRIBER_DURABLE", "pair".to_owned()),
+        // The record that the replica has says how old its data is, not the margin.
+        ("SUBSCRIBER_REPLAY_MARGIN", "1s".to_owned()),
+    ];
+    let subscriber = pair.another_subscriber(&variables).unwrap();
     subscriber.until_ready().await;
     redis.primary.command(&["MSET", "lag:1", "old", "lag:2", "old", "kept", "value"]).await.unwrap();
     redis.wait_in_sync().await.unwrap();
@@ -117,6 +122,11 @@ async fn promoted_replica_that_lagged_is_replayed_to() {
         redis.primary.command(&["EXISTS", "lag:1", "lag:2"]).await.is_ok_and(|n| n == "0")
     })
     .await;
+    let end = Instant::now() + Duration::from_secs(6);
+    while Instant::now() < end {
+        pair.enqueue(&["other"]).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     redis.primary.kill().unwrap();
     redis.replica.resume().unwrap();
     eventually(Duration::from_secs(60), async || {

@@ -45,6 +45,17 @@ impl Supervisor {
         seen: Seen,
         health: &Component,
     ) -> Result<(), LookError> {
+        let mut position = position.clone();
+        if matches!(position.judge(seen), Continuity::Expired { .. })
+            && let Some(stored) = self.load_position().await?
+            && stored.stream_created_us == position.stream_created_us
+            && stored.acked_seq > position.acked_seq
+        {
+            // Another subscriber of this cache has gone on while this one was held up.
+            position = Position { instances: position.instances, ..stored };
+            memory.position = Some(position.clone());
+        }
+        let position = &position;
         let continuity = position.judge(seen);
         if continuity != Continuity::Whole {
             self.consumer.send_replace(None);

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
+use chrono::DateTime;
 use metrics::counter;
 use service::Component;
 
@@ -24,20 +24,17 @@ impl Supervisor {
         seen: Seen,
         health: &Component,
     ) -> Result<(), LookError> {
-        let now = Utc::now();
         let position = memory.position.get_or_insert_default();
         let is_first_start = position.instances.is_empty() && seen.ack_floor == 0;
         if is_first_start || instances.is_subset(&position.instances) {
             position.instances = instances;
-            memory.redis_unchanged = Some(now);
             return Ok(());
         }
         let margin = self.replay_margin().await?;
         let (stream, _) = memory.handles.as_ref().expect("looked at before");
-        let mut reference = memory.redis_unchanged;
-        if reference.is_none() && position.acked_until_us > 0 {
-            reference = DateTime::from_timestamp_micros(position.acked_until_us);
-        }
+        // By the clock of NATS alone, like the messages.
+        let mut reference =
+            DateTime::from_timestamp_micros(position.acked_until_us).filter(|_| position.acked_until_us > 0);
         if reference.is_none() {
             reference = stream.get_raw_message(seen.ack_floor).await.ok().map(|message| message.time);
         }
@@ -57,7 +54,6 @@ impl Supervisor {
         let messages = replay.run(since).await?;
         tracing::warn!(messages, "replayed the stream");
         position.instances = instances;
-        memory.redis_unchanged = Some(now);
         Ok(())
     }
 
