@@ -148,6 +148,9 @@ async fn promoted_replica_that_lagged_is_replayed_to() {
 
 const MINUTE: Duration = Duration::from_secs(60);
 
+/// Of values that must not disappear by themselves.
+const HOUR: Duration = Duration::from_secs(3600);
+
 async fn enqueue(pair: &Pair, event: &Event) -> outbox::Xid {
     let mut tx = pair.pool.begin().await.unwrap();
     let receipt = outbox::enqueue(&mut tx, event).await.unwrap();
@@ -171,7 +174,7 @@ async fn subscriber_that_restarts_while_redis_is_full_goes_on_with_every_kind_of
     let updated = CacheKey::new("updated").unwrap();
     let lease = redis.acquire(&updated, LeaseToken::generate(), MINUTE, false).await.unwrap();
     let Acquired::Grant(lease) = lease else { panic!("{lease:?}") };
-    let fill = Fill { value: b"one", ttl: MINUTE, version: Some(1), keep_stale_copy: false };
+    let fill = Fill { value: b"one", ttl: HOUR, version: Some(1), keep_stale_copy: false };
     assert!(redis.fill(&updated, &lease, fill).await.unwrap());
     let marked = Event::delete(["marked"]).unwrap();
     let xid = enqueue(&pair, &marked).await;
@@ -180,11 +183,11 @@ async fn subscriber_that_restarts_while_redis_is_full_goes_on_with_every_kind_of
     // No policy is set, so nothing is evicted, and much more is in use.
     set_memory_limit(&pair.stack.redis, "1").await;
     assert!(pair.fill("refused").await.unwrap_err().to_string().contains("OOM"));
-    let refused = redis.mark(&[updated], 7).await.unwrap_err();
+    let refused = redis.mark(&[CacheKey::new("unmarked").unwrap()], 7).await.unwrap_err();
     assert!(refused.is_out_of_memory(), "{refused:?}");
     let keys: Vec<String> = (0..50).map(|number| format!("full:{number}")).collect();
     pair.enqueue(&keys.iter().map(String::as_str).collect::<Vec<_>>()).await.unwrap();
-    enqueue(&pair, &Event::update("updated", "two", 2, MINUTE).unwrap()).await;
+    enqueue(&pair, &Event::update("updated", "two", 2, HOUR).unwrap()).await;
     enqueue(&pair, &Event::delete_namespaces(["space:"]).unwrap()).await;
     pair.until_outbox_empty().await;
     pair.subscriber.process().start().unwrap();

@@ -86,6 +86,17 @@ impl Scene {
         })
     }
 
+    async fn until_recorded(&self, sequence: u64) {
+        let config = cache::RedisConfig { url: self.redis.url(), ..Default::default() };
+        let redis = cache::Redis::new(config).unwrap();
+        eventually(SETTLED, async || {
+            let record = redis.load_position("redis").await.map_err(|error| error.to_string())?;
+            let record = String::from_utf8(record.unwrap_or_default()).unwrap();
+            if record.contains(&format!("\"acked_seq\":{sequence}")) { Ok(()) } else { Err(record) }
+        })
+        .await;
+    }
+
     /// Publishes to a topic that nobody takes until everything up to `sequence` has expired.
     async fn until_expired(&self, stream: &Stream, sequence: u64) {
         eventually(SETTLED, async || {
@@ -218,4 +229,31 @@ async fn durable_that_exists_is_changed_to_what_is_configured_and_keeps_its_plac
     scene.fill("user:2").await;
     scene.publish("default", "user:2").await;
     scene.until_gone("user:2").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn gap_of_a_stream_that_came_back_shorter_can_be_accepted() {
+    let scene = Scene::new().await;
+    scene.create_stream(Duration::from_secs(600)).await;
+    scene.publish("default", "backed-up").await;
+    scene.nats.terminate().await.unwrap();
+    scene.nats.save_data("backup").unwrap();
+    scene.nats.start().await.unwrap();
+    let subscriber = scene.subscriber(&[("SUBSCRIBER_GAP_GRACE", "1s".to_owned())]);
+    for key in ["a", "b", "c"] {
+        scene.fill(key).await;
+        scene.publish("default", key).await;
+        scene.until_gone(key).await;
+    }
+    scene.until_recorded(4).await;
+    scene.nats.kill().unwrap();
+    scene.nats.restore_data("backup").unwrap();
+    scene.nats.start().await.unwrap();
+    subscriber.until_not_ready_because("NATS came back with old data, and no relay answers").await;
+    // The next messages have numbers that were applied before.
+    scene.fill("next").await;
+    scene.publish("default", "next").await;
+    assert!(scene.ask(&["accept-gap"], &[]).await.contains("accepted"));
+    scene.until_gone("next").await;
+    subscriber.until_ready().await;
 }

@@ -152,7 +152,7 @@ async fn wrong_credentials_do_not_keep_readers_from_their_values() {
 #[tokio::test]
 async fn a_full_redis_refuses_marks_for_now_and_turns_updates_into_deletes() {
     let bed = Bed::new().await;
-    let (key, other) = (key("k"), key("other"));
+    let (unmarked, key, other) = (key("unmarked"), key("k"), key("other"));
     let lease = bed.grant(&key).await;
     let versioned = Fill { version: Some(1), ..plain("one") };
     assert!(bed.redis.fill(&key, &lease, versioned).await.unwrap());
@@ -161,7 +161,7 @@ async fn a_full_redis_refuses_marks_for_now_and_turns_updates_into_deletes() {
 
     // In a pipeline and alone.
     let refused = [
-        bed.redis.mark(std::slice::from_ref(&key), 7).await.unwrap_err(),
+        bed.redis.mark(&[unmarked], 7).await.unwrap_err(),
         bed.redis.store_position("d", b"p").await.unwrap_err(),
     ];
     for error in refused {
