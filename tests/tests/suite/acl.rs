@@ -5,7 +5,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use cache::{Acquired, Cache, CacheConfig, LeaseToken, Options, Raw, RedisConfig, RedisError};
-use devstack::{Redis, RedisCluster, RedisOptions, StackDirectory, StackOptions, eventually};
+use devstack::{
+    Redis, RedisCluster, RedisOptions, RedisReplicaPair, StackDirectory, StackOptions, eventually,
+};
 use outbox::{CacheKey, Event, Marks, Writer};
 use sqlx::{Postgres, Transaction};
 use tests::{Daemon, Pair, PairOptions, SETTLED};
@@ -131,6 +133,9 @@ async fn users_of_the_readme_may_do_all_that_services_and_subscribers_do() {
     subscriber.until_ready().await;
     // With a database number.
     service(&format!("{}/2", with_user(&url, "service"))).ping().await.unwrap();
+    let numbered = [("REDIS_URL", format!("{}/2", with_user(&url, "subscriber")))];
+    let other = [&numbered[..], &[("SUBSCRIBER_DURABLE", "numbered".to_owned())]].concat();
+    pair.another_subscriber(&other).unwrap().until_ready().await;
 
     be_a_service(&pair, &redis).await;
     give_work(&pair, &redis, &subscriber).await;
@@ -201,4 +206,21 @@ async fn users_of_the_readme_may_do_the_same_in_a_cluster() {
     .await;
     let nodes: Vec<&Redis> = cluster.nodes.iter().collect();
     assert_eq!(denials(&nodes).await, "");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn users_of_the_readme_may_come_by_way_of_a_sentinel() {
+    let servers = RedisReplicaPair::start_with_sentinel().await.unwrap();
+    for user in users().lines() {
+        let rules = user.replace('"', "").replace("\\x1f", "\u{1f}");
+        let mut command = vec!["ACL", "SETUSER"];
+        command.extend(rules.split_whitespace().skip(1));
+        servers.primary.command(&command).await.unwrap();
+    }
+    let sentinel = servers.sentinel.as_ref().unwrap().address();
+    let url = format!("redis+sentinel://{sentinel}/{}", RedisReplicaPair::MASTER_NAME);
+    for user in ["service", "subscriber"] {
+        service(&with_user(&url, user)).ping().await.unwrap();
+    }
+    assert_eq!(denials(&[&servers.primary]).await, "");
 }

@@ -8,6 +8,8 @@ use std::time::Duration;
 use async_nats::jetstream::{self, consumer::PullConsumer, stream::Config, stream::Stream};
 use devstack::{Nats, Redis, StackDirectory, eventually};
 use event::{CacheKey, Change, CommittedEvent, Envelope, EventId};
+use subscriber::broker;
+use subscriber::position::Seen;
 use tests::{Daemon, SETTLED, program};
 
 /// So long the stream keeps messages where a test waits until they expire: much longer than the subscriber takes between
@@ -150,6 +152,33 @@ async fn messages_of_other_topics_may_expire_while_the_own_topic_is_quiet() {
         "{}",
         subscriber.process().log()
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_reaches_to_its_next_message_and_no_further_and_nowhere_if_some_expired_meanwhile() {
+    let scene = Scene::new().await;
+    let mut stream = scene.create_stream(Duration::from_secs(600)).await;
+    for topic in ["quiet", "busy", "busy", "quiet", "busy"] {
+        scene.publish(topic, "k").await;
+    }
+    let info = stream.info().await.unwrap();
+    let created_us = info.created.timestamp_micros();
+    let seen = Seen { stream_created_us: created_us, first_seq: 1, last_seq: 5, ack_floor: 0 };
+    let mut reach =
+        async |seen, applied| broker::reach(&mut stream, "invalidation.quiet", seen, applied).await.unwrap();
+    assert_eq!(reach(seen, 0).await, 0);
+    assert_eq!(reach(seen, 1).await, 3);
+    assert_eq!(reach(seen, 4).await, 5);
+    // Whatever came after the first look does not count.
+    scene.publish("busy", "k").await;
+    assert_eq!(reach(seen, 4).await, 5);
+    assert_eq!(reach(Seen { last_seq: 3, ..seen }, 1).await, 3);
+    // Another stream, and one that has lost something since.
+    assert_eq!(reach(Seen { stream_created_us: 7, ..seen }, 4).await, 4);
+    let purge = r#"{"seq":5}"#;
+    scene.nats.request("$JS.API.STREAM.PURGE.INVALIDATIONS", purge).await.unwrap();
+    assert_eq!(reach(seen, 3).await, 3);
+    assert_eq!(reach(seen, 4).await, 5);
 }
 
 #[tokio::test(flavor = "multi_thread")]
