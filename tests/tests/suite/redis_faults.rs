@@ -117,6 +117,8 @@ async fn promoted_replica_that_lagged_is_replayed_to() {
 
     // The replica misses the deletes and is promoted.
     redis.replica.stop().unwrap();
+    // Without this they would wait in its socket and be carried out when it goes on.
+    assert_eq!(redis.primary.command(&["CLIENT", "KILL", "TYPE", "replica"]).await.unwrap(), "1");
     pair.enqueue(&["lag:1", "lag:2"]).await.unwrap();
     eventually(Duration::from_secs(30), async || {
         redis.primary.command(&["EXISTS", "lag:1", "lag:2"]).await.is_ok_and(|n| n == "0")

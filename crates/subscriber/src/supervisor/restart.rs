@@ -35,7 +35,8 @@ impl Supervisor {
         // By the clock of NATS alone, like the messages.
         let mut reference =
             DateTime::from_timestamp_micros(position.acked_until_us).filter(|_| position.acked_until_us > 0);
-        if reference.is_none() {
+        // A record that knows of no message is older than all of them; without a record there is only the consumer.
+        if reference.is_none() && position.stream_created_us == 0 {
             reference = stream.get_raw_message(seen.ack_floor).await.ok().map(|message| message.time);
         }
         let since = reference.map(|reference| reference - margin);
