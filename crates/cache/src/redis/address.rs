@@ -122,7 +122,8 @@ fn cluster(
         _ => return Err(invalid("it names no host", &config.url)),
     };
     let mut builder = ClusterClientBuilder::new(nodes)
-        .connection_timeout(config.connect_timeout)
+        // A node that does not answer is tried twice, and there must be time left for the others.
+        .connection_timeout(config.connect_timeout / 3)
         .response_timeout(config.response_timeout)
         .retries(CLUSTER_RETRIES)
         .min_retry_wait(shortest)

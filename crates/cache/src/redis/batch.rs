@@ -1,6 +1,7 @@
 //! Many keys in one round trip: one pipeline for a server; for a cluster one per slot, all in flight together.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use deadpool_redis::redis::{FromRedisValue, Pipeline, Value, from_redis_value};
 use futures::{Stream, StreamExt as _, stream};
@@ -13,8 +14,13 @@ use crate::RedisError;
 use crate::names::Shard;
 use crate::slot::slot_of;
 
-/// Most pipelines in flight at once on one connection to a cluster.
-pub(super) const MAX_PIPELINES: usize = 256;
+/// Most pipelines in flight at once on one connection to a cluster. While a node does not answer, the others get on as
+/// long as there are fewer of its slots than this.
+pub(super) const MAX_PIPELINES: usize = 8_192;
+
+/// Once a request of a batch has failed, how much longer than one request all together may take. They are sent together, so
+/// those that have no answer by then hardly get one.
+const GRACE: Duration = Duration::from_millis(500);
 
 /// Items whose keys can share a pipeline.
 pub(super) struct Group<T> {
@@ -65,10 +71,20 @@ impl Redis {
     /// is then done key by key. All is tried before the first failure is reported.
     pub(super) async fn run_all(&self, requests: &[Request]) -> Result<Vec<Vec<Value>>, RedisError> {
         let mut all = Vec::with_capacity(requests.len());
-        let mut failure = None;
+        let (mut failure, mut deadline) = (None, None);
         for (request, answers) in requests.iter().zip(self.run_each(requests).await?) {
             let answers = match answers {
-                Err(error) if error.is_slot_moving() => self.run_singly(&request.pipeline).await,
+                // One by one they would take too long if none of them succeeds.
+                Err(error)
+                    if error.is_slot_moving()
+                        && deadline.is_none_or(|deadline| Instant::now() < deadline) =>
+                {
+                    let answers = self.run_singly(&request.pipeline).await;
+                    if answers.is_err() {
+                        deadline.get_or_insert_with(|| Instant::now() + self.limit);
+                    }
+                    answers
+                }
                 answers => answers,
             };
             match answers {
@@ -90,34 +106,39 @@ impl Redis {
         }
         let lane = &self.lane().await?;
         if let [request] = requests {
-            return Ok(vec![self.run_one(lane, request).await]);
+            return Ok(vec![self.run_one(lane, request, 0).await.1]);
         }
         // Collected before the stream is built: with the closure inside the stream the compiler cannot prove that the
         // future may be sent to another thread.
-        let running: Vec<_> = requests.iter().map(|request| self.run_one(lane, request)).collect();
-        let mut running = stream::iter(running).buffered(MAX_PIPELINES);
-        let mut outcomes = Vec::with_capacity(requests.len());
-        let mut deadline = None;
-        while let Some(outcome) = next_before(&mut running, deadline).await {
-            if outcome.as_ref().is_err_and(|error| !error.is_slot_moving()) {
-                deadline.get_or_insert_with(|| Instant::now() + self.limit);
-            }
-            outcomes.push(outcome);
-        }
+        let running: Vec<_> =
+            requests.iter().enumerate().map(|(at, request)| self.run_one(lane, request, at)).collect();
+        let mut running = stream::iter(running).buffer_unordered(MAX_PIPELINES);
         let given_up = || Err(RedisError::unavailable("given up since another request has failed"));
-        outcomes.resize_with(requests.len(), given_up);
+        let mut outcomes: Vec<_> = requests.iter().map(|_| given_up()).collect();
+        let (began, mut deadline) = (Instant::now(), None);
+        while let Some((at, outcome)) = next_before(&mut running, deadline).await {
+            if outcome.as_ref().is_err_and(|error| !error.is_slot_moving()) {
+                deadline = Some(began + self.limit + GRACE);
+            }
+            outcomes[at] = outcome;
+        }
         Ok(outcomes)
     }
 
-    async fn run_one(&self, lane: &Lane, request: &Request) -> Result<Vec<Value>, RedisError> {
+    async fn run_one(
+        &self,
+        lane: &Lane,
+        request: &Request,
+        at: usize,
+    ) -> (usize, Result<Vec<Value>, RedisError>) {
         if self.lanes.moving().contains(request.shard) {
-            return Err(RedisError::Unavailable(SlotIsMoving.into()));
+            return (at, Err(RedisError::Unavailable(SlotIsMoving.into())));
         }
         let answers = self.pipeline_on(lane, &request.pipeline).await;
         if answers.as_ref().is_err_and(RedisError::is_slot_moving) {
             self.lanes.moving().notice(request.shard);
         }
-        answers
+        (at, answers)
     }
 
     /// As [`run_all`](Self::run_all) where every answer is a number and only their sum matters.

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::convert::Infallible;
 use std::time::Duration;
 
-use cache::{Acquired, Applied, Cache, CacheConfig, Fill, LeaseToken, Options, Redis};
+use cache::{Acquired, Applied, Cache, CacheConfig, Fill, LeaseToken, Options, Redis, RedisConfig};
 use devstack::{RedisCluster, eventually};
 use event::{CacheKey, Change};
 
@@ -181,6 +181,38 @@ async fn when_a_replica_takes_over_invalidations_go_on_and_the_change_is_noticed
     let after = eventually(SOON, async || nodes.redis.instances().await).await;
     assert_eq!(after.len(), 3);
     assert_ne!(before, after);
+}
+
+#[tokio::test]
+async fn a_node_that_hangs_does_not_keep_the_others_from_being_invalidated() {
+    let nodes = Nodes::start(3, 0).await;
+    let all = &nodes.cluster.nodes;
+    for node in all {
+        node.command(&["CONFIG", "SET", "cluster-require-full-coverage", "no"]).await.unwrap();
+    }
+    let keys: Vec<CacheKey> = (0..3_000).map(|n| key(&format!("user:{n}"))).collect();
+    let mut at_others = 0;
+    for key in &keys {
+        for (nth, node) in all.iter().enumerate() {
+            if node.command(&["SET", key.as_str(), "v"]).await.is_ok() {
+                at_others += usize::from(nth > 0);
+            }
+        }
+    }
+    assert!(at_others > 1_000);
+    // All connections are there before it hangs.
+    for _ in 0..RedisConfig::default().pool_size {
+        nodes.redis.ping().await.unwrap();
+    }
+    all[0].stop().unwrap();
+    let error = nodes.redis.invalidate(&keys).await.unwrap_err();
+    assert!(error.is_retryable(), "{error:?}");
+    for node in &all[1..] {
+        assert_eq!(node.command(&["DBSIZE"]).await.unwrap(), "0");
+    }
+    all[0].resume().unwrap();
+    eventually(SOON, async || nodes.redis.invalidate(&keys).await).await;
+    assert_eq!(nodes.names().await, BTreeSet::new());
 }
 
 #[tokio::test]
