@@ -138,7 +138,7 @@ async fn read_on(
     health: &Component,
     shutdown: &Shutdown,
 ) -> Result<(), CaptureError> {
-    let Opened { stream, tables, expanders } = opening::open(capture, streaming, health).await?;
+    let Opened { stream, tables, expanders, timeline } = opening::open(capture, streaming, health).await?;
     tracing::info!(
         slot = capture.config.slot,
         publication = capture.config.publication,
@@ -151,7 +151,7 @@ async fn read_on(
     let primary_keys =
         expanders.iter().map(|expander| Some(expander.as_ref()?.column().to_owned())).collect();
     let assembler = Assembler::new(Arc::clone(&capture.rules), tables, primary_keys);
-    let pump = Pump::new(Arc::clone(capture), expanders, confirmer, health.clone());
+    let pump = Pump::new(Arc::clone(capture), expanders, timeline, confirmer, health.clone());
     let mut pump = Box::pin(pump.run(receiver));
     let reading = reader::read(stream, assembler, sender, shutdown);
     let end = tokio::select! {

@@ -15,6 +15,8 @@ pub struct Snapshot {
     xmax: u64,
     /// Those in between that had not, in order.
     in_progress: Vec<u64>,
+    /// Timeline of the server that was asked.
+    timeline: i64,
 }
 
 impl Snapshot {
@@ -23,10 +25,20 @@ impl Snapshot {
     /// # Errors
     /// Whatever the database says.
     pub async fn take(pool: &PgPool) -> Result<Self, sqlx::Error> {
-        let row = sqlx::raw_sql("select pg_current_snapshot()::text").fetch_one(pool).await?;
-        let text: String = row.try_get(0)?;
-        Self::parse(&text)
-            .ok_or_else(|| sqlx::Error::Protocol("pg_current_snapshot() is not xmin:xmax:list".to_owned()))
+        // The first eight digits of the name of a file of the log are the timeline.
+        let sql = "select pg_current_snapshot()::text, left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)";
+        let row = sqlx::raw_sql(sql).fetch_one(pool).await?;
+        let (text, timeline): (String, String) = (row.try_get(0)?, row.try_get(1)?);
+        let mut snapshot = Self::parse(&text)
+            .ok_or_else(|| sqlx::Error::Protocol("pg_current_snapshot() is not xmin:xmax:list".to_owned()))?;
+        snapshot.timeline = i64::from_str_radix(&timeline, 16).unwrap_or_default();
+        Ok(snapshot)
+    }
+
+    /// Timeline of the server that was asked: its transactions mean nothing to the log of another.
+    #[must_use]
+    pub fn timeline(&self) -> i64 {
+        self.timeline
     }
 
     fn parse(text: &str) -> Option<Self> {
@@ -39,7 +51,7 @@ impl Snapshot {
             in_progress.push(xid.parse().ok()?);
         }
         in_progress.sort_unstable();
-        Some(Self { xmin, xmax, in_progress })
+        Some(Self { xmin, xmax, in_progress, timeline: 0 })
     }
 
     /// Whether readers that begin now see what the committed transaction `xid` did.
@@ -87,7 +99,7 @@ mod tests {
 
     #[test]
     fn an_id_keeps_its_epoch_across_the_wrap_around() {
-        let at = |xmax: u64| Snapshot { xmin: xmax, xmax, in_progress: Vec::new() };
+        let at = |xmax: u64| Snapshot { xmin: xmax, xmax, in_progress: Vec::new(), timeline: 0 };
         let wrap = 1_u64 << 32;
         assert_eq!(at(800).extend(799), 799);
         assert_eq!(at(800).extend(805), 805);

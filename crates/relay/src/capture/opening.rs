@@ -68,6 +68,8 @@ pub(super) struct Opened {
     pub(super) tables: HashMap<u32, usize>,
     /// What runs `expand`, in the order of the rules.
     pub(super) expanders: Vec<Option<Expander>>,
+    /// Timeline of the server whose log it is.
+    pub(super) timeline: i64,
 }
 
 /// What can be known to be wrong before anything runs: better an error now than a relay that is never ready.
@@ -153,7 +155,7 @@ pub(super) async fn open(
         streaming,
     };
     let stream = in_time(session.start(&options)).await?;
-    Ok(Opened { stream, tables, expanders })
+    Ok(Opened { stream, tables, expanders, timeline: identity.timeline })
 }
 
 /// The replication connection may go silent at any moment, and nothing else would notice.

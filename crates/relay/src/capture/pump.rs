@@ -54,6 +54,10 @@ pub(super) const DATABASE_TIMEOUT: Duration = Duration::from_secs(30);
 pub(super) enum PumpError {
     #[error("cannot ask Postgres which transactions are visible")]
     Snapshot(#[source] sqlx::Error),
+    #[error(
+        "the write-ahead log comes from timeline {log} and DATABASE_URL leads to timeline {database}: Postgres has failed over"
+    )]
+    OtherTimeline { log: i64, database: i64 },
     #[error("cannot settle what was published")]
     Settle(#[source] sqlx::Error),
     #[error(transparent)]
@@ -89,6 +93,8 @@ type Settling = Pin<Box<dyn Future<Output = Result<Lsn, PumpError>> + Send>>;
 pub(super) struct Pump {
     capture: Arc<Capture>,
     expanders: Arc<Vec<Option<Expander>>>,
+    /// Timeline of the server whose log is read.
+    timeline: i64,
     confirmer: Confirmer,
     health: Component,
     ledger: Ledger,
@@ -105,12 +111,14 @@ impl Pump {
     pub(super) fn new(
         capture: Arc<Capture>,
         expanders: Vec<Option<Expander>>,
+        timeline: i64,
         confirmer: Confirmer,
         health: Component,
     ) -> Self {
         Self {
             capture,
             expanders: Arc::new(expanders),
+            timeline,
             confirmer,
             health,
             ledger: Ledger::default(),
@@ -191,6 +199,9 @@ impl Pump {
         }
         let snapshot = within(DATABASE_TIMEOUT, Snapshot::take(&self.capture.shared.pool)).await;
         let snapshot = snapshot.map_err(PumpError::Snapshot)?;
+        if snapshot.timeline() != self.timeline {
+            return Err(PumpError::OtherTimeline { log: self.timeline, database: snapshot.timeline() });
+        }
         let mut batch = Batch::default();
         let mut still_waiting = Vec::new();
         for mut waiting in self.waiting.drain(..) {

@@ -139,3 +139,18 @@ async fn a_failover_without_the_slot_flushes_what_the_rules_can_name_and_goes_on
     assert_eq!(after.one("select timeline from outbox.capture").await, "2");
     assert!(after.relay.process().log().contains("failed over"), "{}", after.relay.process().log());
 }
+
+/// The old primary may still serve the log when the name of the database points to the new one already. Its transactions
+/// mean nothing there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_says_whose_transactions_it_judges() {
+    let pair = captured(USERS, USER_RULES, &[]).await;
+    let old = &pair.stack.postgres;
+    let standby =
+        Postgres::start_standby_in(pair.stack.directory(), old, PostgresOptions::default()).await.unwrap();
+    standby.promote().await.unwrap();
+    for (server, timeline) in [(old, 1), (&standby, 2)] {
+        let pool = PgPool::connect(&server.url()).await.unwrap();
+        assert_eq!(wal::Snapshot::take(&pool).await.unwrap().timeline(), timeline);
+    }
+}
