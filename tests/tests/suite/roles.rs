@@ -117,6 +117,9 @@ async fn each_role_can_do_its_work() {
     roles.removes(&relay, &app, "insert into users values (1, 'Ada')").await;
     roles.removes(&relay, &app, "select outbox.enqueue(array['user:1'])").await;
     roles.removes(&relay, &app, "select outbox.enqueue_namespaces(array['user:'])").await;
+    let insert = "with changed (id) as (values (1))
+        insert into outbox.events (id, keys) select outbox.new_id(), array['user:' || id] from changed";
+    roles.removes(&relay, &app, insert).await;
     roles.removes(&relay, &app, "truncate users").await;
     let mut tx = app.begin().await.unwrap();
     let _ = outbox::enqueue(&mut tx, &Event::delete(["user:1"]).unwrap()).await.unwrap();

@@ -22,11 +22,12 @@ const TARGET_WRITERS: usize = 32;
 const TARGET_RATIO: f64 = 0.70;
 
 /// What each round measures, one after the other, so that a change of the machine's mood meets all of them.
-const VARIANTS: [Variant; 6] = [
+const VARIANTS: [Variant; 7] = [
     Variant { extra: Extra::Nothing, relayed: false },
     Variant { extra: Extra::Enqueue, relayed: false },
     Variant { extra: Extra::Enqueue, relayed: true },
     Variant { extra: Extra::EnqueueWithin, relayed: false },
+    Variant { extra: Extra::InsertWithin, relayed: false },
     Variant { extra: Extra::BareInsert, relayed: false },
     Variant { extra: Extra::Notify, relayed: false },
 ];
@@ -79,7 +80,7 @@ async fn measure_with(
     databases: &Databases,
     writers: usize,
     scale: Scale,
-) -> anyhow::Result<[Outcome; 6]> {
+) -> anyhow::Result<[Outcome; 7]> {
     let duration = scale.pick(Duration::from_millis(1_500), Duration::from_millis(500));
     let mut speeds = VARIANTS.map(|_| Vec::new());
     let mut delays = VARIANTS.map(|_| Delays::new());
@@ -100,7 +101,8 @@ async fn measure_with(
     Ok(std::array::from_fn(|_| outcomes.next().expect("as many as variants")))
 }
 
-fn compare(writers: usize, [without, enqueue, relayed, within, bare, notify]: &[Outcome; 6]) -> Vec<Figure> {
+fn compare(writers: usize, outcomes: &[Outcome; 7]) -> Vec<Figure> {
+    let [without, enqueue, relayed, within, inserted, bare, notify] = outcomes;
     let describe =
         |outcome: &Outcome| format!("{} tx/s, {}", rounded(outcome.per_second), outcome.delays.short());
     let share = |outcome: &Outcome| outcome.per_second / without.per_second;
@@ -113,10 +115,11 @@ fn compare(writers: usize, [without, enqueue, relayed, within, bare, notify]: &[
     );
     let people = if writers == 1 { "1 writer".to_owned() } else { format!("{writers} writers") };
     progress(&format!(
-        "{people}: {}; with the relay {}; in one statement {}; {beside}",
+        "{people}: {}; with the relay {}; in one statement {}, inserted {}; {beside}",
         measured(enqueue),
         measured(relayed),
-        measured(within)
+        measured(within),
+        measured(inserted)
     ));
     let judged = |figure: Figure, outcome: &Outcome| match writers {
         TARGET_WRITERS => figure.with_target("≥ 0.70", share(outcome) >= TARGET_RATIO),
@@ -131,6 +134,14 @@ fn compare(writers: usize, [without, enqueue, relayed, within, bare, notify]: &[
                 "as above",
             ),
             within,
+        ),
+        judged(
+            Figure::new(
+                format!("{people}: the row of the event inserted in the statement of the update"),
+                measured(inserted),
+                "as above",
+            ),
+            inserted,
         ),
         judged(
             Figure::new(

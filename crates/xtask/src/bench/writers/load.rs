@@ -16,6 +16,11 @@ const UPDATE_AND_ENQUEUE: &str = "
     with changed as (update accounts set balance = balance + 1 where id = $1 returning id)
     select outbox.enqueue(array['account:' || id || ':balance']) from changed";
 
+const UPDATE_AND_INSERT: &str = "
+    with changed as (update accounts set balance = balance + 1 where id = $1 returning id)
+    insert into outbox.events (id, keys)
+    select outbox.new_id(), array['account:' || id || ':balance'] from changed";
+
 /// What a transaction does besides updating its row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Extra {
@@ -25,6 +30,8 @@ pub enum Extra {
     Enqueue,
     /// It enqueues an event in the very statement that updates the row.
     EnqueueWithin,
+    /// It inserts the row of the event itself in that statement, and leaves the checks to the relay.
+    InsertWithin,
     /// It inserts a row into a table without any check, the least an outbox can do.
     BareInsert,
     /// It notifies those who listen.
@@ -90,11 +97,15 @@ async fn write(connection: &mut PgConnection, extra: Extra, duration: Duration) 
 
 async fn transact(connection: &mut PgConnection, account: i32, extra: Extra) -> anyhow::Result<()> {
     let mut tx = connection.begin().await?;
-    let update = if extra == Extra::EnqueueWithin { UPDATE_AND_ENQUEUE } else { UPDATE };
+    let update = match extra {
+        Extra::EnqueueWithin => UPDATE_AND_ENQUEUE,
+        Extra::InsertWithin => UPDATE_AND_INSERT,
+        _ => UPDATE,
+    };
     sqlx::query(update).bind(account).execute(&mut *tx).await?;
     let key = format!("account:{account}:balance");
     match extra {
-        Extra::Nothing | Extra::EnqueueWithin => {}
+        Extra::Nothing | Extra::EnqueueWithin | Extra::InsertWithin => {}
         Extra::Enqueue => {
             let _receipt = outbox::enqueue(&mut tx, &Event::delete([key])?).await?;
         }
