@@ -106,6 +106,12 @@ async fn give_work(pair: &Pair, redis: &cache::Redis, subscriber: &Daemon) {
     })
     .await;
 
+    // The time to live of a stale copy is cut down by the event.
+    let stale = Options::<Raw> { ttl: MINUTE, stale_for: Some(MINUTE), ..Default::default() };
+    let load = || async { Ok::<_, std::io::Error>(b"stale".to_vec()) };
+    let _: Vec<u8> = cache.get_or_load_with("user:6", &stale, load).await.unwrap();
+    enqueue(pair, &Event::delete(["user:6"]).unwrap()).await;
+
     let mut tx = begin(pair).await;
     let abandoned = [Event::delete(["user:5"]).unwrap()];
     let receipt = outbox::enqueue(&mut tx, &abandoned[0]).await.unwrap();
