@@ -142,7 +142,11 @@ impl Pair {
         let pattern = pattern.to_owned();
         eventually(SETTLED, async move || match self.count(&pattern).await {
             Ok(0) => Ok(()),
-            Ok(count) => Err(format!("{count} keys match {pattern}; relay log:\n{}", tail(&self.relay))),
+            Ok(count) => Err(format!(
+                "{count} keys match {pattern}; relay:\n{}\nsubscriber:\n{}",
+                tail(&self.relay),
+                tail(&self.subscriber)
+            )),
             Err(error) => Err(format!("{error:#}")),
         })
     }
@@ -152,7 +156,11 @@ impl Pair {
     pub fn until_outbox_empty(&self) -> impl Future<Output = ()> {
         eventually(SETTLED, async || match self.backlog().await {
             Ok(0) => Ok(()),
-            Ok(count) => Err(format!("{count} events wait; relay log:\n{}", tail(&self.relay))),
+            Ok(count) => Err(format!(
+                "{count} events wait; relay:\n{}\nsubscriber:\n{}",
+                tail(&self.relay),
+                tail(&self.subscriber)
+            )),
             Err(error) => Err(format!("{error:#}")),
         })
     }

@@ -7,7 +7,7 @@ use serde::ser::SerializeStruct;
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::event::check_key_count;
-use crate::{CacheKey, Change, EventId, InvalidEvent, Traceparent};
+use crate::{CacheKey, Change, EventId, InvalidEvent, Topic, Traceparent};
 
 /// Version this code writes, and the only one it reads.
 pub const WIRE_VERSION: u64 = 1;
@@ -265,15 +265,20 @@ impl EnvelopeWriter {
         self.body
     }
 
-    /// The message id (`Nats-Msg-Id`) of an envelope: a hash of the **body**.
+    /// The message id (`Nats-Msg-Id`) of an envelope: a hash of topic and **body**. JetStream looks for duplicates in all
+    /// subjects of a stream.
     ///
     /// The ids of the events, or a hash of them, would be wrong. A batch that was published but not settled is claimed again
     /// later, perhaps together with newer events on the same keys; and a producer may enqueue the same event in two
     /// transactions. Were the message id the same, JetStream would take the newer events for a duplicate and swallow them.
     /// Equal bodies name equal transactions, so swallowing one is safe.
     #[must_use]
-    pub fn message_id(body: &[u8]) -> String {
-        format!("{:032x}", xxhash_rust::xxh3::xxh3_128(body))
+    pub fn message_id(topic: &Topic, body: &[u8]) -> String {
+        let mut hash = xxhash_rust::xxh3::Xxh3::new();
+        hash.update(topic.as_str().as_bytes());
+        hash.update(&[0]);
+        hash.update(body);
+        format!("{:032x}", hash.digest128())
     }
 }
 

@@ -4,7 +4,9 @@
 
 use std::time::Duration;
 
-use event::{CacheKey, Change, CommittedEvent, DecodeError, Envelope, EnvelopeWriter, EventId, Traceparent};
+use event::{
+    CacheKey, Change, CommittedEvent, DecodeError, Envelope, EnvelopeWriter, EventId, Topic, Traceparent,
+};
 use proptest::prelude::*;
 
 const ID: &str = "01936d3c-7a80-7000-8000-000000000001";
@@ -129,8 +131,12 @@ fn bodies_that_differ_only_in_their_transactions_have_different_message_ids() {
     let first = Envelope { events: vec![event(&["k"], Change::Delete)] };
     let mut second = first.clone();
     second.events[0].xids.push(740);
-    assert_ne!(EnvelopeWriter::message_id(&first.encode()), EnvelopeWriter::message_id(&second.encode()));
-    assert_eq!(EnvelopeWriter::message_id(&first.encode()), EnvelopeWriter::message_id(&first.encode()));
+    let id = |topic: &str, envelope: &Envelope| {
+        EnvelopeWriter::message_id(&Topic::new(topic).unwrap(), &envelope.encode())
+    };
+    assert_ne!(id("default", &first), id("default", &second));
+    assert_eq!(id("default", &first), id("default", &first));
+    assert_ne!(id("default", &first), id("orders", &first), "the same event, for other caches");
 }
 
 fn any_change() -> impl Strategy<Value = Change> {

@@ -163,19 +163,26 @@ pub struct Newest {
     pub message_ids: Vec<String>,
 }
 
-/// The newest envelope that the stream created at `created` acknowledged, if any is retained.
+/// The newest envelope that the stream created at `created` acknowledged with a sequence up to `last_seq`, if any is
+/// retained.
 ///
 /// # Errors
 /// Whatever the database says.
-pub async fn newest(pool: &PgPool, created: DateTime<Utc>) -> Result<Option<Newest>, sqlx::Error> {
+pub async fn newest(
+    pool: &PgPool,
+    created: DateTime<Utc>,
+    last_seq: i64,
+) -> Result<Option<Newest>, sqlx::Error> {
     let row = sqlx::query(
         "select stream_seq, array_agg(message_id) from outbox.published
          where stream_created = $1 and stream_seq = (
-            select stream_seq from outbox.published where stream_created = $1 order by stream_seq desc limit 1)
+            select stream_seq from outbox.published where stream_created = $1 and stream_seq <= $2
+            order by stream_seq desc limit 1)
          group by stream_seq",
     )
     .persistent(false)
     .bind(created)
+    .bind(last_seq)
     .fetch_optional(pool)
     .await?;
     row.map(|row| Ok(Newest { stream_seq: row.try_get(0)?, message_ids: row.try_get(1)? })).transpose()

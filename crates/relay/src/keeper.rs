@@ -58,15 +58,26 @@ enum KeeperError {
     Publish(#[from] PublishError),
 }
 
+/// What one look needs to remember for the next.
+#[derive(Debug, Default)]
+struct Memory {
+    /// The connection since which the content of the stream is known to be what it was.
+    known_since: Option<Link>,
+    /// Whether it was said that it cannot be looked at.
+    is_blind: bool,
+}
+
 impl Keeper {
     /// Looks after the stream until shutdown is requested.
     pub async fn run(self, health: Component, shutdown: Shutdown) {
         let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
-        // The connection since which the content of the stream is known to be what it was.
-        let mut known_since = None;
+        let mut memory = Memory::default();
         while !shutdown.is_requested() {
             let link = self.nats.link();
-            let pause = match self.look(&mut known_since, link, &health).await {
+            if !link.connected {
+                self.withdraw();
+            }
+            let pause = match self.look(&mut memory, link, &health).await {
                 Ok(()) => {
                     retry.reset();
                     health.ready();
@@ -82,9 +93,8 @@ impl Keeper {
                 }
             };
             tokio::select! {
+                biased;
                 () = shutdown.requested() => {}
-                () = self.suspect.notified() => {}
-                () = tokio::time::sleep(pause) => {}
                 () = self.nats.lost_since(link) => {
                     self.withdraw();
                     health.not_ready("NATS is not connected");
@@ -94,6 +104,8 @@ impl Keeper {
                         () = self.nats.connected() => {}
                     }
                 }
+                () = self.suspect.notified() => {}
+                () = tokio::time::sleep(pause) => {}
             }
         }
     }
@@ -105,25 +117,19 @@ impl Keeper {
         self.stream.send_replace(None);
     }
 
-    async fn look(
-        &self,
-        known_since: &mut Option<Link>,
-        link: Link,
-        health: &Component,
-    ) -> Result<(), KeeperError> {
-        let usable = self.ensure().await?;
+    async fn look(&self, memory: &mut Memory, link: Link, health: &Component) -> Result<(), KeeperError> {
+        let usable = self.ensure(link).await?;
         let created = usable.position.created;
         match self.config.retention() {
             None => within(PATIENCE, retention::keep_nothing(&self.pool)).await?,
             Some(_) => {
                 within(PATIENCE, retention::keep(&self.pool)).await?;
-                self.find_losses(usable.position, *known_since != Some(link)).await?;
+                self.find_losses(usable, memory).await?;
                 if within(PATIENCE, retention::is_incomplete(&self.pool, created)).await? {
                     self.republish(created, health).await?;
                 }
             }
         }
-        *known_since = Some(link);
         if self.stream.borrow().is_none_or(|known| !same_stream(known, usable)) {
             self.stream.send_replace(Some(usable));
         }
@@ -134,33 +140,45 @@ impl Keeper {
         Ok(())
     }
 
-    async fn ensure(&self) -> Result<Usable, StreamError> {
+    async fn ensure(&self, link: Link) -> Result<Usable, StreamError> {
         let max_payload = self.nats.client.server_info().max_payload;
-        nats_stream::ensure(&self.jetstream, &self.config, max_payload).await
+        nats_stream::ensure(&self.jetstream, &self.config, max_payload, link).await
     }
 
-    /// Marks what the stream has acknowledged and does not hold any more. Its end tells most of it; after the connection
-    /// was lost also the newest message that it should hold, since it may have been filled again by what was on its way.
-    async fn find_losses(&self, stream: StreamPosition, look_inside: bool) -> Result<(), KeeperError> {
-        let newest = within(PATIENCE, retention::newest(&self.pool, stream.created)).await?;
-        let Some(newest) = newest else { return Ok(()) };
-        let mut last_seq = stream.last_seq;
+    /// Marks what the stream has acknowledged and does not hold any more. Its end tells most of it; but it may have been
+    /// filled again by what was on its way, so after the connection was lost, and after every loss, the newest message that it
+    /// should hold is looked at as well.
+    async fn find_losses(&self, usable: Usable, memory: &mut Memory) -> Result<(), KeeperError> {
+        let StreamPosition { created, mut last_seq } = usable.position;
+        let Some(newest) = within(PATIENCE, retention::newest(&self.pool, created, i64::MAX)).await? else {
+            memory.known_since = Some(usable.link);
+            return Ok(());
+        };
         if newest.stream_seq > last_seq {
             // Another relay may have published and settled between the two looks.
-            let again = self.ensure().await?.position;
-            if again.created != stream.created {
+            let again = self.ensure(usable.link).await?.position;
+            if again.created != created {
                 return Ok(());
             }
             last_seq = again.last_seq;
         }
-        if newest.stream_seq <= last_seq {
-            if !look_inside || self.holds(&newest).await {
-                return Ok(());
-            }
+        let is_shorter = newest.stream_seq > last_seq;
+        if !is_shorter && memory.known_since == Some(usable.link) {
+            return Ok(());
+        }
+        let held = match within(PATIENCE, retention::newest(&self.pool, created, last_seq)).await? {
+            Some(newest) => self.holds(&newest, memory).await,
+            None => Some(true),
+        };
+        // In doubt this connection is looked at again the next time.
+        memory.known_since = held.map(|_| usable.link);
+        if held == Some(false) {
             // Where it parts from what it was is not known: all of it is in doubt.
             last_seq = 0;
+        } else if !is_shorter {
+            return Ok(());
         }
-        let position = StreamPosition { last_seq, ..stream };
+        let position = StreamPosition { created, last_seq };
         let messages = within(PATIENCE, retention::mark_lost(&self.pool, position)).await?;
         counter!(names::STREAM_LOSSES).increment(1);
         tracing::warn!(
@@ -170,28 +188,35 @@ impl Keeper {
         Ok(())
     }
 
-    /// Whether the message at the newest sequence is the one that was published. In doubt it is: it may have expired.
-    async fn holds(&self, newest: &Newest) -> bool {
-        let sequence = newest.stream_seq.unsigned_abs();
-        let stream = match self.jetstream.get_stream_no_info(STREAM).await {
-            Ok(stream) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "cannot look into the stream");
-                return true;
+    /// Whether the message at the newest sequence is the one that was published; one that has expired may have been. `None`
+    /// if it cannot be told now.
+    async fn holds(&self, newest: &Newest, memory: &mut Memory) -> Option<bool> {
+        let looked = async {
+            let stream =
+                self.jetstream.get_stream_no_info(STREAM).await.map_err(|error| error.to_string())?;
+            match stream.get_raw_message(newest.stream_seq.unsigned_abs()).await {
+                Ok(message) => {
+                    let id = message.headers.get("Nats-Msg-Id").map(ToString::to_string).unwrap_or_default();
+                    Ok(newest.message_ids.contains(&id))
+                }
+                Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(true),
+                Err(error) => Err(error.to_string()),
             }
         };
-        match stream.get_raw_message(sequence).await {
-            Ok(message) => {
-                let id = message.headers.get("Nats-Msg-Id").map(ToString::to_string).unwrap_or_default();
-                newest.message_ids.contains(&id)
+        match looked.await {
+            Ok(holds) => {
+                memory.is_blind = false;
+                Some(holds)
             }
-            Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => true,
             Err(error) => {
-                tracing::warn!(
-                    %error,
-                    "cannot look into the stream; the NATS user needs permission to publish on $JS.API.STREAM.MSG.GET.{STREAM}"
-                );
-                true
+                if !std::mem::replace(&mut memory.is_blind, true) {
+                    tracing::warn!(
+                        error,
+                        "cannot look into the stream, trying again; the NATS user needs permission to publish on \
+                         $JS.API.STREAM.MSG.GET.{STREAM}"
+                    );
+                }
+                None
             }
         }
     }
@@ -234,5 +259,6 @@ impl Keeper {
 }
 
 fn same_stream(known: Usable, now: Usable) -> bool {
-    known.position.created == now.position.created && known.max_body == now.max_body
+    let of = |usable: Usable| (usable.position.created, usable.max_body, usable.link);
+    of(known) == of(now)
 }

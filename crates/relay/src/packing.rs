@@ -210,7 +210,7 @@ impl<'a> Batch<'a> {
             return;
         }
         let body = Bytes::from(writer.finish());
-        let message_id = EnvelopeWriter::message_id(&body);
+        let message_id = EnvelopeWriter::message_id(self.topic, &body);
         packing.messages.push(Packed { topic: self.topic.clone(), message_id, traceparent, body, rows });
     }
 }

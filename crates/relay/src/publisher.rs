@@ -7,7 +7,7 @@ use event::Envelope;
 use event::nats::{STREAM, subject};
 use futures::{StreamExt, TryStreamExt, stream};
 use outbox::retention::Published;
-use service::nats::Nats;
+use service::nats::{Link, Nats};
 use service::trace;
 use tracing::{Instrument, Span};
 
@@ -56,7 +56,8 @@ impl PublishError {
     }
 }
 
-/// Publishes all messages and waits for all acknowledgements, within `timeout` altogether.
+/// Publishes all messages over the connection `link` and waits for all acknowledgements, within `timeout` altogether. Over a
+/// later connection nothing is published: the stream has to be looked at first.
 ///
 /// # Errors
 /// [`PublishError`] as soon as one message fails; others may have been published by then. Publishing them again is
@@ -64,18 +65,19 @@ impl PublishError {
 pub async fn publish(
     jetstream: &jetstream::Context,
     nats: &Nats,
+    link: Link,
     messages: Vec<Packed>,
     timeout: Duration,
 ) -> Result<Vec<Published>, PublishError> {
-    let lost = nats.lost_since(nats.link());
+    let lost = nats.lost_since(link);
     let all = stream::iter(messages)
         .map(|message| publish_one(jetstream, message, timeout))
         .buffer_unordered(IN_FLIGHT)
         .try_collect();
     tokio::select! {
         biased;
-        published = all => published,
         () = lost => Err(PublishError::Disconnected),
+        published = all => published,
         () = tokio::time::sleep(timeout) => Err(PublishError::TimedOut(timeout)),
     }
 }

@@ -45,7 +45,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     }
     let nats = Nats::connect(&config.nats, "relay", config.startup_timeout).await?;
     let jetstream = jetstream_context(&nats, &config);
-    stream::ensure(&jetstream, &config, nats.client.server_info().max_payload).await?;
+    stream::ensure(&jetstream, &config, nats.client.server_info().max_payload, nats.link()).await?;
     if let Ok(existing) = jetstream.get_stream(STREAM).await {
         for difference in stream::differences(&existing.cached_info().config, &config) {
             tracing::warn!(

@@ -9,6 +9,7 @@ use async_nats::jetstream::{self, ErrorCode};
 use chrono::{DateTime, Utc};
 use event::nats::{STREAM, SUBJECTS};
 use outbox::retention::StreamPosition;
+use service::nats::Link;
 
 use crate::Config;
 
@@ -74,6 +75,8 @@ pub struct Usable {
     pub position: StreamPosition,
     /// Largest body it accepts, in bytes.
     pub max_body: usize,
+    /// The connection over which it was looked at: after another one it may be another stream.
+    pub link: Link,
 }
 
 /// The options the relay creates the stream with.
@@ -108,6 +111,7 @@ pub async fn ensure(
     jetstream: &jetstream::Context,
     config: &Config,
     max_payload: usize,
+    link: Link,
 ) -> Result<Usable, StreamError> {
     let info = match jetstream.get_stream(STREAM).await {
         Ok(stream) => stream.cached_info().clone(),
@@ -118,7 +122,7 @@ pub async fn ensure(
     if !findings.is_empty() {
         return Err(StreamError::Unsafe { findings: findings.join("; ") });
     }
-    Ok(Usable { position: position(&info), max_body: max_body(&info.config, max_payload) })
+    Ok(Usable { position: position(&info), max_body: max_body(&info.config, max_payload), link })
 }
 
 async fn create(jetstream: &jetstream::Context, config: &Config) -> Result<Info, StreamError> {

@@ -286,7 +286,8 @@ async fn publish(
     }
     let started = Instant::now();
     let timeout = shared.config.publish_timeout;
-    let published = publisher::publish(&shared.jetstream, &shared.nats, packing.messages, timeout).await?;
+    let published =
+        publisher::publish(&shared.jetstream, &shared.nats, stream.link, packing.messages, timeout).await?;
     histogram!(names::PUBLISH_TIME).record(started.elapsed());
     if let Some(oldest) = claimed.iter().map(|claimed| claimed.event.at_us).min() {
         histogram!(names::ENQUEUE_TO_PUBLISH).record(seconds_since(oldest));

@@ -118,17 +118,16 @@ pub async fn look(
     stream: &mut Stream,
     consumer: &mut PullConsumer,
 ) -> Result<(Seen, Pending), async_nats::Error> {
-    let mut info = stream.info().await?.clone();
-    let state = consumer.info().await?;
-    if state.ack_floor.stream_sequence > info.state.last_sequence {
-        // Published and acknowledged between the two looks, unless it was lost.
-        info = stream.info().await?.clone();
-    }
+    // In this order nothing that expires between the two is taken for acknowledged, nor anything that is published and
+    // acknowledged for lost.
+    let state = consumer.info().await?.clone();
+    let info = stream.info().await?;
     let seen = Seen {
         stream_created_us: info.created.timestamp_micros(),
         first_seq: info.state.first_sequence,
         last_seq: info.state.last_sequence,
         ack_floor: state.ack_floor.stream_sequence,
+        is_refilled: false,
     };
     let pending = Pending {
         messages: state.num_pending,
@@ -137,6 +136,26 @@ pub async fn look(
         delivered: state.delivered.stream_sequence,
     };
     Ok((seen, pending))
+}
+
+/// Whether the message at `acked_seq` is another one than that which was published at `acked_until_us`: the stream ended before
+/// it and was filled again. One that is gone may have expired.
+///
+/// # Errors
+/// Whatever JetStream says.
+pub async fn is_refilled(
+    stream: &Stream,
+    acked_seq: u64,
+    acked_until_us: i64,
+) -> Result<bool, async_nats::Error> {
+    if acked_seq == 0 || acked_until_us == 0 {
+        return Ok(false);
+    }
+    match stream.get_raw_message(acked_seq).await {
+        Ok(message) => Ok(message.time.timestamp_micros() != acked_until_us),
+        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Up to where the stream has nothing on `subject` that follows `applied`, or as far as that is known.

@@ -42,6 +42,8 @@ pub struct Seen {
     pub last_seq: u64,
     /// Every message up to this sequence was acknowledged by this consumer.
     pub ack_floor: u64,
+    /// Whether the last message that was applied is another one now.
+    pub is_refilled: bool,
 }
 
 /// What became of the messages that this cache has not applied yet.
@@ -56,7 +58,7 @@ pub enum Continuity {
     },
     /// It is another stream than the one known.
     Recreated,
-    /// The stream ends before what had been read of it: NATS came back with old data.
+    /// The stream ends before what had been read of it, or did and was filled again: NATS came back with old data.
     Truncated,
 }
 
@@ -77,7 +79,7 @@ impl Position {
         if self.stream_created_us != seen.stream_created_us {
             return Continuity::Recreated;
         }
-        if self.acked_seq.max(seen.ack_floor) > seen.last_seq {
+        if seen.is_refilled || self.acked_seq.max(seen.ack_floor) > seen.last_seq {
             return Continuity::Truncated;
         }
         // `first_seq` is the sequence of the first message, or of the next one to come if there is none. The floor of the
@@ -100,7 +102,8 @@ mod tests {
         acked_until_us: 1,
         accepted_us: 0,
     };
-    const SEEN: Seen = Seen { stream_created_us: 7, first_seq: 40, last_seq: 150, ack_floor: 100 };
+    const SEEN: Seen =
+        Seen { stream_created_us: 7, first_seq: 40, last_seq: 150, ack_floor: 100, is_refilled: false };
 
     #[test]
     fn a_stream_that_still_has_everything_unread_is_whole() {
@@ -143,5 +146,6 @@ mod tests {
         assert_eq!(KNOWN.judge(Seen { stream_created_us: 8, ..SEEN }), Continuity::Recreated);
         assert_eq!(KNOWN.judge(Seen { last_seq: 90, ack_floor: 80, ..SEEN }), Continuity::Truncated);
         assert_eq!(KNOWN.judge(Seen { last_seq: 90, ack_floor: 95, ..SEEN }), Continuity::Truncated);
+        assert_eq!(KNOWN.judge(Seen { is_refilled: true, ..SEEN }), Continuity::Truncated);
     }
 }

@@ -6,13 +6,14 @@ mod restart;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use async_nats::jetstream;
 use async_nats::jetstream::consumer::PullConsumer;
-use async_nats::jetstream::{self, stream::Stream};
+use async_nats::jetstream::stream::{RawMessageErrorKind, Stream};
 use cache::Redis;
 use chrono::DateTime;
 use event::nats::STREAM;
 use metrics::gauge;
-use service::nats::Nats;
+use service::nats::{Link, Nats};
 use service::{Backoff, Component, Shutdown};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -59,6 +60,8 @@ struct Memory {
     /// Whether the position could not be stored because Redis is full.
     is_full: bool,
     handles: Option<(Stream, PullConsumer)>,
+    /// The connection since which the last message that was applied is known to be the one it was.
+    looked_inside: Option<Link>,
     /// Since when a gap has been waiting for a relay's word.
     doubt: Option<Instant>,
     /// When it was last said that the subscriber has halted, while it has.
@@ -150,7 +153,7 @@ impl Supervisor {
         if std::mem::take(&mut memory.lacks_stream) {
             tracing::info!("stream {STREAM} exists; its events are applied as well");
         }
-        self.judge(memory, &position, seen, health).await?;
+        let seen = self.judge(memory, &position, seen, health).await?;
         self.judge_redis(memory, masters.instances, seen, health).await?;
         self.advance(memory, seen).await?;
         if let Some((_, consumer)) = &memory.handles
@@ -195,7 +198,16 @@ impl Supervisor {
             memory.handles = Some((stream, consumer));
         }
         let (stream, consumer) = memory.handles.as_mut().expect("set above");
-        let (seen, pending) = broker::look(stream, consumer).await.map_err(LookError::Stream)?;
+        let (mut seen, pending) = broker::look(stream, consumer).await.map_err(LookError::Stream)?;
+        // A stream that was shorter may be long again, but only NATS that was away comes back with old data.
+        let link = self.nats.link();
+        if memory.looked_inside != Some(link) && position.stream_created_us == seen.stream_created_us {
+            match broker::is_refilled(stream, position.acked_seq, position.acked_until_us).await {
+                Ok(false) => memory.looked_inside = Some(link),
+                Ok(true) => seen.is_refilled = true,
+                Err(error) => tracing::debug!(%error, "cannot look into the stream; trying again"),
+            }
+        }
         #[expect(clippy::cast_precision_loss, reason = "counts far below 2^52")]
         {
             gauge!(names::PENDING).set(pending.messages as f64);
@@ -209,7 +221,7 @@ impl Supervisor {
         let Some((stream, _)) = &mut memory.handles else { return Ok(()) };
         let position = memory.position.get_or_insert_default();
         position.stream_created_us = seen.stream_created_us;
-        let mut applied = seen.ack_floor.max(position.acked_seq);
+        let mut applied = seen.ack_floor.min(seen.last_seq).max(position.acked_seq);
         if let Some(subject) = durable::filter(&self.config) {
             match broker::reach(stream, &subject, seen, applied).await {
                 Ok(reach) => applied = reach,
@@ -217,11 +229,18 @@ impl Supervisor {
             }
         }
         if applied > position.acked_seq || position.acked_until_us == 0 {
-            // The message may have expired; the time of an older one is good enough then.
-            if let Ok(message) = stream.get_raw_message(applied).await {
-                position.acked_until_us = message.time.timestamp_micros();
+            match stream.get_raw_message(applied).await {
+                Ok(message) => {
+                    position.acked_until_us = message.time.timestamp_micros();
+                    position.acked_seq = applied;
+                }
+                // It has expired; the time of an older one is good enough.
+                Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => {
+                    position.acked_seq = applied
+                }
+                // Sequence and time belong together.
+                Err(error) => tracing::debug!(%error, "cannot look at the last message that was applied"),
             }
-            position.acked_seq = applied;
         }
         if memory.stored.as_ref() == memory.position.as_ref() {
             return Ok(());

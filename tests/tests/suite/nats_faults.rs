@@ -1,5 +1,6 @@
 //! NATS is down, restarted, wiped, restored, or loses its leader.
 
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use devstack::{Nats, Postgres, PostgresOptions, eventually};
@@ -241,7 +242,7 @@ async fn what_the_stream_lost_stays_lost_until_it_is_published_again() {
     let created = chrono::DateTime::UNIX_EPOCH;
     retention::complete(&pool, created).await.unwrap();
     assert!(!retention::is_incomplete(&pool, created).await.unwrap());
-    let newest = retention::newest(&pool, created).await.unwrap().unwrap();
+    let newest = retention::newest(&pool, created, i64::MAX).await.unwrap().unwrap();
     assert_eq!((newest.stream_seq, newest.message_ids), (150, vec!["150".to_owned()]));
 
     let lease = Duration::from_secs(10);
@@ -267,6 +268,16 @@ async fn what_the_stream_lost_stays_lost_until_it_is_published_again() {
 /// What was on its way when NATS came back with old data fills the stream again, past what it had lost.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_was_filled_again_after_a_loss_is_given_what_it_lacks() {
+    fill_again_after_a_loss(|lost| lost + 50).await;
+}
+
+/// Or not quite so far: what lies below its end is not what it was either.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_was_filled_again_in_part_is_given_what_it_lacks() {
+    fill_again_after_a_loss(|lost| lost / 2).await;
+}
+
+async fn fill_again_after_a_loss(foreign_messages: impl Fn(usize) -> usize) {
     let pair = Pair::start().await.unwrap();
     pair.fill("before").await.unwrap();
     pair.enqueue(&["before"]).await.unwrap();
@@ -285,7 +296,7 @@ async fn a_stream_that_was_filled_again_after_a_loss_is_given_what_it_lacks() {
     let nats = async_nats::connect(pair.stack.nats_url()).await.unwrap();
     let jetstream = async_nats::jetstream::new(nats);
     let foreign = event::Envelope::encode(&event::Envelope { events: Vec::new() });
-    for _ in 0..lost + 50 {
+    for _ in 0..foreign_messages(lost) {
         jetstream.publish("invalidation.other", foreign.clone().into()).await.unwrap().await.unwrap();
     }
     pair.relay.process().start().unwrap();
@@ -342,4 +353,78 @@ async fn somebody_who_reads_what_is_retained_does_not_hold_up_delivery() {
     }
     assert!(slowest < Duration::from_millis(1_500), "{slowest:?}");
     backup.rollback().await.unwrap();
+}
+
+/// A pair whose stream, but not its consumer, has come back as it was before twenty messages that were applied.
+async fn consumer_ahead_of_its_stream() -> Pair {
+    let subscriber = vec![
+        ("SUBSCRIBER_GAP_POLICY", "flush".to_owned()),
+        ("SUBSCRIBER_FLUSH_PATTERNS", "user:*".to_owned()),
+    ];
+    let relay = vec![("RELAY_RETENTION", "0s".to_owned())];
+    let pair = Pair::start_with(PairOptions { relay, subscriber, ..Default::default() }).await.unwrap();
+    let nats = &pair.stack.nats;
+    pair.enqueue(&["before"]).await.unwrap();
+    pair.until_outbox_empty().await;
+    pair.until_recorded().await;
+    nats.terminate().await.unwrap();
+    nats.save_data("old").unwrap();
+    nats.start().await.unwrap();
+    pair.relay.until_ready().await;
+    for number in 0..20 {
+        pair.enqueue(&[&format!("other:{number}")]).await.unwrap();
+        pair.until_outbox_empty().await;
+    }
+    pair.until_recorded().await;
+    pair.subscriber.process().kill().unwrap();
+    nats.terminate().await.unwrap();
+    let consumers =
+        find(pair.stack.directory().path(), "data/jetstream/$G/streams/INVALIDATIONS/obs").unwrap();
+    let saved = pair.stack.directory().path().join("obs-of-later");
+    std::fs::rename(&consumers, &saved).unwrap();
+    nats.restore_data("old").unwrap();
+    std::fs::remove_dir_all(&consumers).unwrap();
+    std::fs::rename(&saved, &consumers).unwrap();
+    nats.start().await.unwrap();
+    pair.relay.until_ready().await;
+    pair
+}
+
+fn find(root: &Path, suffix: &str) -> Option<PathBuf> {
+    let entries = std::fs::read_dir(root).ok()?.flatten().map(|entry| entry.path());
+    entries
+        .filter(|path| path.is_dir() && !path.is_symlink())
+        .find_map(|path| if path.ends_with(suffix) { Some(path) } else { find(&path, suffix) })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_consumer_that_is_ahead_of_its_stream_costs_one_gap_and_no_message() {
+    let pair = consumer_ahead_of_its_stream().await;
+    pair.fill("user:1").await.unwrap();
+    pair.subscriber.process().start().unwrap();
+    pair.until_none("user:1").await;
+    pair.fill("next").await.unwrap();
+    pair.enqueue(&["next"]).await.unwrap();
+    pair.until_none("next").await;
+    // Looks follow each other every second.
+    pair.fill("user:1").await.unwrap();
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    pair.subscriber.until_ready().await;
+    assert!(pair.is_cached("user:1").await.unwrap(), "{}", pair.subscriber.process().log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_is_long_again_is_not_taken_for_what_it_was() {
+    let pair = consumer_ahead_of_its_stream().await;
+    pair.fill("hidden").await.unwrap();
+    pair.enqueue(&["hidden"]).await.unwrap();
+    pair.until_outbox_empty().await;
+    let jetstream = async_nats::jetstream::new(async_nats::connect(pair.stack.nats_url()).await.unwrap());
+    let foreign = event::Envelope::encode(&event::Envelope { events: Vec::new() });
+    for _ in 0..40 {
+        jetstream.publish("invalidation.other", foreign.clone().into()).await.unwrap().await.unwrap();
+    }
+    pair.subscriber.process().start().unwrap();
+    pair.until_none("hidden").await;
+    pair.subscriber.until_ready().await;
 }

@@ -163,7 +163,8 @@ async fn a_topic_reaches_to_its_next_message_and_no_further_and_nowhere_if_some_
     }
     let info = stream.info().await.unwrap();
     let created_us = info.created.timestamp_micros();
-    let seen = Seen { stream_created_us: created_us, first_seq: 1, last_seq: 5, ack_floor: 0 };
+    let seen =
+        Seen { stream_created_us: created_us, first_seq: 1, last_seq: 5, ack_floor: 0, is_refilled: false };
     let mut reach =
         async |seen, applied| broker::reach(&mut stream, "invalidation.quiet", seen, applied).await.unwrap();
     assert_eq!(reach(seen, 0).await, 0);

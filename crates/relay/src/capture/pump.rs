@@ -334,7 +334,9 @@ pub(super) async fn publish_surely(
         let limits = Limits { events: shared.config.envelope_events as usize, bytes: usable.max_body };
         let packing = pack(events, limits);
         let patience = shared.config.publish_timeout;
-        match publisher::publish(&shared.jetstream, &shared.nats, packing.messages, patience).await {
+        match publisher::publish(&shared.jetstream, &shared.nats, usable.link, packing.messages, patience)
+            .await
+        {
             Ok(published) => {
                 poison.extend(packing.too_large.iter().map(|&row| {
                     let limit = usable.max_body;

@@ -37,14 +37,14 @@ pub(super) struct Halt {
 }
 
 impl Supervisor {
-    /// Decides whether the workers may go on with this stream.
+    /// Decides whether the workers may go on with this stream, and returns how it is then.
     pub(super) async fn judge(
         &self,
         memory: &mut Memory,
         position: &Position,
-        seen: Seen,
+        mut seen: Seen,
         health: &Component,
-    ) -> Result<(), LookError> {
+    ) -> Result<Seen, LookError> {
         let mut position = position.clone();
         if matches!(position.judge(seen), Continuity::Expired { .. })
             && let Some(stored) = self.load_position().await?
@@ -66,6 +66,8 @@ impl Supervisor {
             }
             if continuity == Continuity::Truncated {
                 self.restart_consumer(memory, position).await?;
+                // The consumer that was ahead is gone, and what it had acknowledged with it.
+                seen = self.look_at_stream(memory, position).await?;
             }
             memory.position = Some(Position {
                 stream_created_us: seen.stream_created_us,
@@ -81,7 +83,7 @@ impl Supervisor {
             gauge!(names::HALTED).set(0.0);
             tracing::info!("the subscriber goes on");
         }
-        Ok(())
+        Ok(seen)
     }
 
     /// Returns when what is missing may be forgotten.
