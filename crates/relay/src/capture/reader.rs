@@ -12,7 +12,7 @@ use crate::metrics as names;
 const QUEUE_ITEMS: usize = 4096;
 
 /// Memory of everything that was read and is not settled yet, in KiB.
-const BUDGET_KIB: usize = 8 * 1024;
+const BUDGET_KIB: usize = 4 * 1024;
 
 /// Counters are raised after this many messages: once for each would cost more than decoding it.
 const COUNT_EVERY: u32 = 256;
