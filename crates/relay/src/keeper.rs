@@ -170,16 +170,19 @@ impl Keeper {
             Some(newest) => self.holds(&newest, memory).await,
             None => Some(true),
         };
-        // In doubt this connection is looked at again the next time.
-        memory.known_since = held.map(|_| usable.link);
+        // In doubt this connection is looked at again the next time, and after a loss until that is marked.
+        let known_since = held.map(|_| usable.link);
+        memory.known_since = None;
         if held == Some(false) {
             // Where it parts from what it was is not known: all of it is in doubt.
             last_seq = 0;
         } else if !is_shorter {
+            memory.known_since = known_since;
             return Ok(());
         }
         let position = StreamPosition { created, last_seq };
         let messages = within(PATIENCE, retention::mark_lost(&self.pool, position)).await?;
+        memory.known_since = known_since;
         counter!(names::STREAM_LOSSES).increment(1);
         tracing::warn!(
             messages,

@@ -93,7 +93,7 @@ pub async fn expanders(pool: &PgPool, rules: &Rules) -> Result<Vec<Option<Expand
 
 /// A query of `expand` failed.
 #[derive(Debug, thiserror::Error)]
-#[error("{place}: expand cannot be run by the role of DATABASE_URL")]
+#[error("{place}: expand cannot be run")]
 pub struct ExpandError {
     /// File, line and table of the query.
     pub place: String,
