@@ -277,7 +277,33 @@ async fn a_stream_that_was_filled_again_in_part_is_given_what_it_lacks() {
     fill_again_after_a_loss(5).await;
 }
 
+/// Postgres fails at the moment when the relay marks what it has found.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_loss_that_could_not_be_marked_is_found_again() {
+    let pair = lose_and_fill_again(50).await;
+    let mut lock = pair.pool.begin().await.unwrap();
+    sqlx::raw_sql("lock table outbox.published in exclusive mode").execute(&mut *lock).await.unwrap();
+    pair.relay.process().start().unwrap();
+    let ended = "select pg_terminate_backend(pid) from pg_stat_activity
+        where wait_event_type = 'Lock' and query like 'update outbox.published set stream_created%'";
+    eventually(SETTLED, async || !pair.stack.postgres.query(ended).await.unwrap().is_empty()).await;
+    lock.rollback().await.unwrap();
+    pair.subscriber.process().start().unwrap();
+    pair.until_none("lost:*").await;
+}
+
 async fn fill_again_after_a_loss(foreign_messages: usize) {
+    let pair = lose_and_fill_again(foreign_messages).await;
+    pair.relay.process().start().unwrap();
+    pair.relay.until_ready().await;
+    pair.subscriber.process().start().unwrap();
+    pair.until_none("lost:*").await;
+    assert!(pair.relay.metric("relay_republished_messages_total").await.unwrap() >= 1.0);
+}
+
+/// Twenty applied nowhere and lost by NATS, and so many messages of somebody else in their place; relay and subscriber are
+/// down.
+async fn lose_and_fill_again(foreign_messages: usize) -> Pair {
     let pair = Pair::start().await.unwrap();
     pair.fill("before").await.unwrap();
     pair.enqueue(&["before"]).await.unwrap();
@@ -303,11 +329,7 @@ async fn fill_again_after_a_loss(foreign_messages: usize) {
     for _ in 0..foreign_messages {
         jetstream.publish("invalidation.other", foreign.clone().into()).await.unwrap().await.unwrap();
     }
-    pair.relay.process().start().unwrap();
-    pair.relay.until_ready().await;
-    pair.subscriber.process().start().unwrap();
-    pair.until_none("lost:*").await;
-    assert!(pair.relay.metric("relay_republished_messages_total").await.unwrap() >= 1.0);
+    pair
 }
 
 #[tokio::test(flavor = "multi_thread")]
