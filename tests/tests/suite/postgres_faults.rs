@@ -338,3 +338,27 @@ async fn a_postgres_that_falls_silent_is_noticed_and_left() {
     relay.process().terminate().await.unwrap();
     assert!(asked.elapsed() < Duration::from_secs(20), "{:?}", asked.elapsed());
 }
+
+/// A backup holds its locks for as long as it takes.
+#[tokio::test(flavor = "multi_thread")]
+async fn somebody_who_reads_what_is_retained_does_not_hold_up_delivery() {
+    let relay = vec![("RELAY_RETENTION", "1s".to_owned())];
+    let pair = Pair::start_with(PairOptions { relay, ..Default::default() }).await.unwrap();
+    let mut backup = pair.pool.begin().await.unwrap();
+    sqlx::raw_sql("lock table outbox.published in access share mode").execute(&mut *backup).await.unwrap();
+    let end = Instant::now() + Duration::from_secs(8);
+    let mut slowest = Duration::ZERO;
+    for number in 0.. {
+        let key = format!("backup:{number}");
+        pair.fill(&key).await.unwrap();
+        let enqueued = Instant::now();
+        pair.enqueue(&[&key]).await.unwrap();
+        pair.until_none(&key).await;
+        slowest = slowest.max(enqueued.elapsed());
+        if Instant::now() >= end {
+            break;
+        }
+    }
+    assert!(slowest < Duration::from_millis(1_500), "{slowest:?}");
+    backup.rollback().await.unwrap();
+}
