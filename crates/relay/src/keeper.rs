@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_nats::header::NATS_MESSAGE_ID;
 use async_nats::jetstream;
 use async_nats::jetstream::stream::RawMessageErrorKind;
 use chrono::{DateTime, Utc};
@@ -199,7 +200,8 @@ impl Keeper {
                 self.jetstream.get_stream_no_info(STREAM).await.map_err(|error| error.to_string())?;
             match stream.get_raw_message(newest.stream_seq.unsigned_abs()).await {
                 Ok(message) => {
-                    let id = message.headers.get("Nats-Msg-Id").map(ToString::to_string).unwrap_or_default();
+                    let id =
+                        message.headers.get(NATS_MESSAGE_ID).map(ToString::to_string).unwrap_or_default();
                     Ok(newest.message_ids.contains(&id))
                 }
                 Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(true),

@@ -36,7 +36,7 @@ impl DeadLetters {
         let mut headers = message.headers.clone().unwrap_or_default();
         // The id belongs to the original: a second delivery of the same poison must not be taken for a duplicate of it
         // in another stream, and identical garbage is worth one dead letter each.
-        headers.insert("Nats-Msg-Id", format!("dead-{stream}-{sequence}"));
+        headers.insert(async_nats::header::NATS_MESSAGE_ID, format!("dead-{stream}-{sequence}"));
         headers.insert(DEAD_REASON_HEADER, reason);
         headers.insert(DEAD_SEQUENCE_HEADER, sequence.to_string());
         self.jetstream

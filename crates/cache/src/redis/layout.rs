@@ -3,7 +3,7 @@
 //! A search looks at one node after the other. A key that moves to a node already searched before its own is would be
 //! missed. It moves once, so a second search finds it.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use deadpool_redis::redis::Cmd;
 
@@ -38,7 +38,7 @@ impl Redis {
         }
         let mut ask = Cmd::new();
         ask.arg("CLUSTER").arg("NODES");
-        let mut targets = BTreeMap::new();
+        let mut targets = BTreeSet::new();
         for master in &layout.nodes {
             // Only a node itself tells which of its slots are on their way.
             let table: String = match self.query_to(master, &ask).await {
@@ -53,11 +53,10 @@ impl Redis {
             layout.may_move |= slots.iter().any(|slot| slot.starts_with('['));
             layout.slots.push(slots.join(" "));
             for id in slots.iter().filter_map(|slot| moving_to(slot)) {
-                let address = table.lines().filter(|line| line.starts_with(id)).find_map(address);
-                targets.extend(address.map(|address| (address, ())));
+                targets.extend(table.lines().filter(|line| line.starts_with(id)).find_map(address));
             }
         }
-        for (address, ()) in targets {
+        for address in targets {
             if !layout.nodes.iter().any(|master| master.is_at(&address)) {
                 layout.nodes.push(Master::apart(address, &self.lanes).await?);
             }
