@@ -72,7 +72,7 @@ async fn leader_of_a_three_node_cluster_killed_under_load_loses_nothing() {
     let end = Instant::now() + Duration::from_secs(10);
     let kills = async {
         tokio::time::sleep(Duration::from_secs(2)).await;
-        let leader = cluster.stream_leader("INVALIDATIONS").await.unwrap();
+        let leader = eventually(Duration::from_secs(30), || cluster.stream_leader("INVALIDATIONS")).await;
         cluster.nodes[leader].kill().unwrap();
         tokio::time::sleep(Duration::from_secs(4)).await;
         cluster.nodes[leader].start().await.unwrap();

@@ -20,6 +20,9 @@ const REPLY_TIMEOUT: Duration = Duration::from_secs(2);
 /// A stream made and deleted to see that replicas can be placed.
 const PROBE_STREAM: &str = "devstack-probe";
 
+/// The `err_code` of the API for a stream that does not exist.
+const STREAM_NOT_FOUND: &str = "\"err_code\":10059,";
+
 /// A NATS cluster with JetStream.
 #[derive(Debug)]
 pub struct NatsCluster {
@@ -69,7 +72,7 @@ impl NatsCluster {
             r#"{{"name":"{PROBE_STREAM}","subjects":["{PROBE_STREAM}"],"storage":"memory","num_replicas":{replicas}}}"#
         );
         until_answered(node, &format!("$JS.API.STREAM.CREATE.{PROBE_STREAM}"), &stream).await?;
-        until_answered(node, &format!("$JS.API.STREAM.DELETE.{PROBE_STREAM}"), "").await.map(drop)
+        until_deleted(node, PROBE_STREAM).await
     }
 
     /// URLs of all nodes, separated by commas.
@@ -94,11 +97,26 @@ impl NatsCluster {
 }
 
 /// Repeats a request until a reply without an error arrives.
-async fn until_answered(node: &Nats, subject: &str, payload: &str) -> Result<String> {
+async fn until_answered(node: &Nats, subject: &str, payload: &str) -> Result<()> {
+    until(node, subject, async || node.request(subject, payload).await.map(drop)).await
+}
+
+/// Repeats a deletion until `stream` is known to be gone. Whoever deletes and does not get the reply, as it often
+/// happens while leaders are elected, finds nothing the second time.
+async fn until_deleted(node: &Nats, stream: &str) -> Result<()> {
+    let subject = format!("$JS.API.STREAM.DELETE.{stream}");
+    until(node, &subject, async || match node.request(&subject, "").await {
+        Err(error) if error.to_string().contains(STREAM_NOT_FOUND) => Ok(()),
+        other => other.map(drop),
+    })
+    .await
+}
+
+async fn until(node: &Nats, subject: &str, mut request: impl AsyncFnMut() -> Result<()>) -> Result<()> {
     let deadline = Instant::now() + START_TIMEOUT;
     loop {
-        let error = match timeout(REPLY_TIMEOUT, node.request(subject, payload)).await {
-            Ok(Ok(reply)) => return Ok(reply),
+        let error = match timeout(REPLY_TIMEOUT, request()).await {
+            Ok(Ok(())) => return Ok(()),
             Ok(Err(error)) => error,
             Err(elapsed) => elapsed.into(),
         };
@@ -106,5 +124,19 @@ async fn until_answered(node: &Nats, subject: &str, payload: &str) -> Result<Str
             return Err(error.context(format!("no answer to {subject}\n{}", node.process().log_tail())));
         }
         sleep(POLL_INTERVAL).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stream_whose_deletion_went_unanswered_counts_as_deleted() {
+        let nats = Nats::start_alone(NatsOptions::default()).await.unwrap();
+        nats.request("$JS.API.STREAM.CREATE.once", r#"{"name":"once","subjects":["once"]}"#).await.unwrap();
+        until_deleted(&nats, "once").await.unwrap();
+        assert!(nats.request("$JS.API.STREAM.INFO.once", "").await.is_err());
+        timeout(REPLY_TIMEOUT, until_deleted(&nats, "once")).await.unwrap().unwrap();
     }
 }
