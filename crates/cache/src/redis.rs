@@ -36,6 +36,9 @@ use crate::slot::slot_of;
 use batch::{Group, requests};
 use lanes::{Lane, Lanes};
 
+/// A request that has failed may take twice as long, and so on up to this power of two.
+const MAX_PATIENCE: u32 = 4;
+
 /// Connection to one cache: a single server, a Cluster, or the master that Sentinels name.
 ///
 /// Cheap to clone; clones share their connections. Every request is pipelined on one of
@@ -67,6 +70,14 @@ impl Redis {
     /// The same connections for requests that are given up after `limit`, connecting included.
     pub(crate) fn limited_to(&self, limit: Duration) -> Self {
         Self { lanes: Arc::clone(&self.lanes), limit }
+    }
+
+    /// The same connections for a request that has failed so many times already: it may take twice as long after each
+    /// failure, up to sixteen times. A large batch would otherwise never get through a Redis that is slow but answers,
+    /// however often it is repeated.
+    #[must_use]
+    pub fn after_failures(&self, failures: u32) -> Self {
+        self.limited_to(self.lanes.config().response_timeout * 2_u32.pow(failures.min(MAX_PATIENCE)))
     }
 
     /// Asks for a sign of life.

@@ -36,7 +36,7 @@ pub struct Config {
     #[arg(long, env = "REDIS_KEY", value_name = "FILE", requires = "redis_cert", global = true)]
     pub redis_key: Option<PathBuf>,
 
-    /// How long Redis may take to answer
+    /// How long Redis may take to answer; what has failed is repeated with up to sixteen times as much
     #[arg(long, env = "SUBSCRIBER_REDIS_TIMEOUT", default_value = "2s", value_parser = parse_duration, global = true)]
     pub redis_timeout: Duration,
 

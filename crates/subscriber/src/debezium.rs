@@ -238,7 +238,8 @@ impl Debezium {
         let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
         let mut kept_alive = Instant::now();
         while !shutdown.is_requested() {
-            let Err(error) = worker::apply(&self.redis, work, batch, self.ack_wait, health).await else {
+            let redis = self.redis.after_failures(retry.attempts());
+            let Err(error) = worker::apply(&redis, work, batch, self.ack_wait, health).await else {
                 if retry.attempts() > 0 {
                     health.ready();
                 }

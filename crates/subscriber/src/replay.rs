@@ -28,6 +28,9 @@ const MAX_EMPTY_FETCHES: u32 = 6;
 /// searching a large cache for its namespaces takes minutes.
 const INACTIVE_THRESHOLD: Duration = Duration::from_mins(30);
 
+/// As if it had failed so often: Redis may take eight times as long as elsewhere.
+const REPLAY_PATIENCE: u32 = 3;
+
 /// How often a replay says that it is alive while Redis works.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -170,7 +173,9 @@ impl Replay<'_> {
     }
 
     async fn apply(&self, work: &Work) -> Result<(), ReplayError> {
-        with_progress(self.progress, self.redis.apply(work)).await?;
+        // A failure costs the whole replay, so Redis is given more time than elsewhere.
+        let redis = self.redis.after_failures(REPLAY_PATIENCE);
+        with_progress(self.progress, redis.apply(work)).await?;
         Ok(())
     }
 }

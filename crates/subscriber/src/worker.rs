@@ -220,7 +220,8 @@ impl Shared {
         let mut kept_alive = Instant::now();
         loop {
             let started = Instant::now();
-            match apply(&self.redis, &batch.work, &batch.messages, self.config.ack_wait, health).await {
+            let redis = self.redis.after_failures(retry.attempts());
+            match apply(&redis, &batch.work, &batch.messages, self.config.ack_wait, health).await {
                 Ok(applied) => {
                     histogram!(names::APPLY_TIME).record(started.elapsed());
                     counter!(names::KEYS_PRESENT).increment(applied.deleted);

@@ -1,5 +1,6 @@
 //! Redis is down, full, comes back with old data, fails over, or is a cluster.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use cache::{Acquired, Fill, LeaseToken};
@@ -51,6 +52,38 @@ async fn subscriber_killed_while_redis_hangs_has_acknowledged_nothing() {
     pair.subscriber.process().start().unwrap();
     pair.until_none("hang:*").await;
     assert!(!pair.subscriber.process().log().contains("replaying the stream"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_gets_through_a_redis_that_is_too_slow_for_it() {
+    let subscriber = vec![("SUBSCRIBER_REDIS_TIMEOUT", "200ms".to_owned())];
+    let pair = Pair::start_with(PairOptions { subscriber, ..Default::default() }).await.unwrap();
+    pair.subscriber.process().terminate().await.unwrap();
+    pair.fill_many("slow", 0..20_000).await.unwrap();
+    for half in [0..10_000, 10_000..20_000] {
+        let keys: Vec<String> = half.map(|number| format!("slow:{number}")).collect();
+        pair.enqueue(&keys.iter().map(String::as_str).collect::<Vec<_>>()).await.unwrap();
+    }
+    pair.until_outbox_empty().await;
+    let applied = AtomicBool::new(false);
+    // Redis reads 16 KiB of each connection at a time, and then lets the others have their turn.
+    let busy = async || {
+        let script = "local t, n = 0, 0 repeat local s = redis.call('TIME') n = s[1] * 1000000 + s[2] \
+                      if t == 0 then t = n end until n - t >= 20000";
+        while !applied.load(Ordering::Relaxed) {
+            pair.stack.redis.command(&["EVAL", script, "0"]).await.unwrap();
+        }
+    };
+    let invalidated = async {
+        pair.subscriber.process().start().unwrap();
+        pair.until_none("slow:*").await;
+        pair.subscriber.until_ready().await;
+        let failures = pair.subscriber.metric("subscriber_redis_failures_total").await.unwrap();
+        applied.store(true, Ordering::Relaxed);
+        failures
+    };
+    let (failures, ..) = tokio::join!(invalidated, busy(), busy(), busy(), busy());
+    assert!(failures >= 1.0, "Redis was not slow");
 }
 
 #[tokio::test(flavor = "multi_thread")]
