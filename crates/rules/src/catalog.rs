@@ -3,6 +3,7 @@
 pub(crate) mod expand;
 mod facts;
 mod identity;
+mod literals;
 
 use sqlx::PgConnection;
 
@@ -10,9 +11,9 @@ pub use expand::{ExpandError, Expander, Found, expanders};
 pub use facts::{Column, Facts, Relation};
 pub use identity::check_identity;
 
-use crate::Rules;
 use crate::problem::{Problem, RulesError};
 use crate::table::{At, Expand, TableRules};
+use crate::{PINNED_SETTINGS, Rules};
 
 /// The rules do not fit the database, or it cannot be asked.
 #[derive(Debug, thiserror::Error)]
@@ -25,8 +26,8 @@ pub enum CatalogError {
     Database(#[from] sqlx::Error),
 }
 
-/// Compares every rule with the database: tables and columns exist, their types can be parts of keys, `expand` prepares.
-/// Returns what is known of each table, in the order of the rules.
+/// Compares every rule with the database: tables and columns exist, their types can be parts of keys, what a
+/// condition compares with is written as values of its column are, `expand` prepares. Returns what is known of each table, in the order of the rules.
 ///
 /// # Errors
 /// [`CatalogError::Rules`] with everything that does not fit.
@@ -42,6 +43,7 @@ pub async fn check(connection: &mut PgConnection, rules: &Rules) -> Result<Vec<F
             }
             Some(facts) => {
                 judge.table(&facts);
+                judge.literals(connection, &facts).await?;
                 judge.expand(connection, &facts).await?;
                 all.push(facts);
             }

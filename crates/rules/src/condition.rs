@@ -31,6 +31,16 @@ impl Condition {
         }
     }
 
+    /// The texts that it compares the column with.
+    pub fn values(&self) -> impl Iterator<Item = &String> {
+        let mut condition = self;
+        while let Self::Not(inner) = condition {
+            condition = inner;
+        }
+        let values = if let Self::OneOf { values, .. } = condition { Some(values) } else { None };
+        values.into_iter().flatten()
+    }
+
     /// Whether an image satisfies it. The error is a cell whose value is not known.
     pub(crate) fn holds(&self, image: &dyn Image) -> Result<bool, Cell<'static>> {
         match (self, image.cell(self.column())) {

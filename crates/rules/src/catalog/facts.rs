@@ -38,6 +38,8 @@ pub struct Column {
     pub name: String,
     /// Its type as SQL spells it.
     pub type_name: String,
+    /// The same with length and precision.
+    pub full_type: String,
     /// Name of its type in `pg_type`; of a domain, that of the type below it.
     pub base_type: String,
     /// Whether the type is an enum.
@@ -189,8 +191,8 @@ async fn columns(connection: &mut PgConnection, oid: i64) -> Result<Vec<Column>,
             select attnum, atttypid from pg_attribute where attrelid = $1::int8::oid and attnum > 0 and not attisdropped
             union all
             select base.attnum, t.typbasetype from base join pg_type t on t.oid = base.typid where t.typtype = 'd')
-         select a.attname::text, format_type(a.atttypid, null), t.typname::text, t.typtype = 'e',
-            a.attgenerated <> ''
+         select a.attname::text, format_type(a.atttypid, null), format_type(a.atttypid, a.atttypmod), t.typname::text,
+            t.typtype = 'e', a.attgenerated <> ''
          from base join pg_type t on t.oid = base.typid and t.typtype <> 'd'
          join pg_attribute a on a.attrelid = $1::int8::oid and a.attnum = base.attnum
          order by a.attnum",
@@ -203,9 +205,10 @@ async fn columns(connection: &mut PgConnection, oid: i64) -> Result<Vec<Column>,
         Ok(Column {
             name: row.try_get(0)?,
             type_name: row.try_get(1)?,
-            base_type: row.try_get(2)?,
-            is_enum: row.try_get(3)?,
-            is_generated: row.try_get(4)?,
+            full_type: row.try_get(2)?,
+            base_type: row.try_get(3)?,
+            is_enum: row.try_get(4)?,
+            is_generated: row.try_get(5)?,
         })
     };
     rows.iter().map(read).collect()

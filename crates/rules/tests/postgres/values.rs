@@ -147,3 +147,62 @@ async fn floats_that_differ_are_changes_whatever_the_writer_has_set() {
     let update = "set extra_float_digits = -10; update prices set price = 0.1000000000000001";
     assert_eq!(bed.keys(update).await, ["price:1"]);
 }
+
+#[tokio::test]
+async fn a_condition_that_no_value_can_match_is_refused_with_the_text_to_write() {
+    let schema = "create type state as enum ('draft', 'live');
+        create domain percent as int check (value between 0 and 100);
+        create table goods (id int primary key, price numeric(10,2), sold boolean, code char(5), short varchar(2),
+            state state, at timestamptz, share percent, small int2)";
+    let bed = Bed::new(schema).await;
+    let rules = |when: &str| {
+        format!("[[table]]\nname = 'goods'\nkeys = ['goods:{{id}}']\nwhen = {when}\non_truncate = 'ignore'")
+    };
+    for (when, expected) in [
+        (
+            "{ column = 'price', equals = 5 }",
+            "column price: the condition compares with '5', which never matches: as numeric(10,2) it is written '5.00'",
+        ),
+        (
+            "{ column = 'sold', equals = 'true' }",
+            "column sold: the condition compares with 'true', which never matches: as boolean it is written 't'",
+        ),
+        ("{ column = 'code', equals = 'ab' }", "as character(5) it is written 'ab   '"),
+        ("{ column = 'short', equals = 'abc' }", "as character varying(2) it is written 'ab'"),
+        (
+            "{ not = { column = 'state', equals = 'drafts' } }",
+            "it is no value of state: invalid input value for enum",
+        ),
+        (
+            "{ column = 'at', equals = '2026-02-01' }",
+            "as timestamp with time zone it is written '2026-02-01 00:00:00+00'",
+        ),
+        (
+            "{ column = 'share', equals = 101 }",
+            "it is no value of percent: value for domain percent violates",
+        ),
+        (
+            "{ column = 'small', in = [1, 70000] }",
+            "compares with '70000', which never matches: it is no value of smallint",
+        ),
+    ] {
+        let problems = bed.problems(&rules(when)).await;
+        assert_eq!(problems.len(), 1, "{problems:#?}");
+        assert!(problems[0].starts_with("rules.toml:4: table public.goods, column "), "{problems:?}");
+        assert!(problems[0].contains(expected), "{expected}: {problems:?}");
+    }
+    for when in [
+        "{ column = 'price', in = ['5.00', '-1.50'] }",
+        "{ column = 'sold', equals = true }",
+        "{ column = 'code', equals = 'ab   ' }",
+        "{ not = { column = 'state', equals = 'draft' } }",
+        "{ column = 'at', equals = '2026-02-01 00:00:00+00' }",
+        "{ column = 'share', equals = 100 }",
+        "{ column = 'short', is_null = true }",
+    ] {
+        let facts = bed.facts(&parse(&rules(when))).await;
+        assert!(facts.is_ok(), "{when}: {facts:?}");
+    }
+    bed.install(&rules("{ column = 'price', equals = '5.00' }")).await;
+    assert_eq!(bed.keys("insert into goods (id, price) values (1, 5), (2, 6)").await, ["goods:1"]);
+}
