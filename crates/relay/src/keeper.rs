@@ -32,6 +32,9 @@ const REPUBLISH_BATCH: u16 = 64;
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(100);
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(5);
 
+/// Why nothing is published while the connection is lost.
+pub const NOT_CONNECTED: &str = "NATS is not connected; events wait in the outbox";
+
 /// The keeper of the stream.
 #[derive(Debug)]
 pub struct Keeper {
@@ -43,6 +46,8 @@ pub struct Keeper {
     pub jetstream: jetstream::Context,
     /// Where the workers learn of the stream.
     pub stream: watch::Sender<Option<Usable>>,
+    /// Where the workers learn why there is none.
+    pub trouble: watch::Sender<String>,
     /// Notified by a worker that could not publish.
     pub suspect: Arc<Notify>,
     /// Options.
@@ -76,7 +81,7 @@ impl Keeper {
         while !shutdown.is_requested() {
             let link = self.nats.link();
             if !link.connected {
-                self.withdraw();
+                self.disconnected();
             }
             let pause = match self.look(&mut memory, link, &health).await {
                 Ok(()) => {
@@ -85,11 +90,7 @@ impl Keeper {
                     LOOK_INTERVAL
                 }
                 Err(error) => {
-                    self.withdraw();
-                    let cause =
-                        std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
-                    tracing::warn!(%error, cause, "the stream is not usable; events wait in the outbox");
-                    health.not_ready(format!("{error}: {cause}"));
+                    health.not_ready(self.give_up(&error));
                     retry.next_delay()
                 }
             };
@@ -97,8 +98,8 @@ impl Keeper {
                 biased;
                 () = shutdown.requested() => {}
                 () = self.nats.lost_since(link) => {
-                    self.withdraw();
-                    health.not_ready("NATS is not connected");
+                    self.disconnected();
+                    health.not_ready(NOT_CONNECTED);
                     health.idle();
                     tokio::select! {
                         () = shutdown.requested() => {}
@@ -113,9 +114,31 @@ impl Keeper {
 
     /// Until the stream has been looked at again nobody publishes: its identity goes into what is retained, and a
     /// message must never be recorded under the identity of a later stream.
-    fn withdraw(&self) {
-        gauge!(names::CONNECTED).set(0.0);
+    fn withdraw(&self, why: String) {
+        self.trouble.send_replace(why);
         self.stream.send_replace(None);
+    }
+
+    fn disconnected(&self) {
+        gauge!(names::CONNECTED).set(0.0);
+        self.withdraw(NOT_CONNECTED.to_owned());
+    }
+
+    /// The one place that decides what a failed look means; returns why nothing is published.
+    fn give_up(&self, error: &KeeperError) -> String {
+        let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
+        if let KeeperError::Database(_) = error {
+            // The stream was found usable before Postgres was asked.
+            gauge!(names::CONNECTED).set(1.0);
+            counter!(names::DATABASE_FAILURES).increment(1);
+            tracing::warn!(%error, cause, "cannot compare the stream with what is retained; events wait in the outbox");
+        } else {
+            gauge!(names::CONNECTED).set(0.0);
+            tracing::warn!(%error, cause, "the stream is not usable; events wait in the outbox");
+        }
+        let why = format!("{error}: {cause}; events wait in the outbox");
+        self.withdraw(why.clone());
+        why
     }
 
     async fn look(&self, memory: &mut Memory, link: Link, health: &Component) -> Result<(), KeeperError> {

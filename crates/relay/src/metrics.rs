@@ -25,13 +25,13 @@ metrics! {
     describe_counter CLAIMS = "relay_claims_total", Count, "Claims, by result: rows, empty or failed";
     describe_counter STATEMENTS = "relay_statements_total", Count, "SQL statements of claims and polls";
     describe_counter PUBLISH_FAILURES = "relay_publish_failures_total", Count, "Claims given back because of the broker, by reason";
-    describe_counter DATABASE_FAILURES = "relay_database_failures_total", Count, "Claims that failed because of the database";
+    describe_counter DATABASE_FAILURES = "relay_database_failures_total", Count, "Claims, and looks at what is retained, that failed because of the database";
     describe_counter DEAD_LETTERS = "relay_dead_letters_total", Count, "Events set aside because they can never be published";
     describe_gauge DEAD_LETTERS_WAITING = "relay_dead_letters", Count, "Events in outbox.dead_letters";
     describe_gauge BACKLOG = "relay_backlog_events", Count, "Events waiting in the outbox, counted up to 100,000";
     describe_gauge BACKLOG_AGE = "relay_backlog_oldest_seconds", Seconds, "Age of the event that waits longest";
     describe_gauge CONNECTED = "relay_nats_connected", Count, "1 while NATS is connected and the stream is usable";
-    describe_histogram ENQUEUE_TO_PUBLISH = "relay_enqueue_to_publish_seconds", Seconds, "From enqueue to the acknowledgement of the stream, one sample a message";
+    describe_histogram ENQUEUE_TO_PUBLISH = "relay_enqueue_to_publish_seconds", Seconds, "From enqueue of the oldest event of a claim, or of a batch from the write-ahead log, to the last acknowledgement of the stream";
     describe_histogram CLAIM_TIME = "relay_claim_seconds", Seconds, "Time to claim rows";
     describe_histogram PUBLISH_TIME = "relay_publish_seconds", Seconds, "Time from the first message of a claim to its last acknowledgement";
     describe_histogram SETTLE_TIME = "relay_settle_seconds", Seconds, "Time to retain the envelopes and commit";

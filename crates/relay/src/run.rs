@@ -62,12 +62,14 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     let http = HttpServer::start(config.http_addr, health.clone(), metrics).await?;
 
     let (stream_sender, stream_receiver) = watch::channel(None);
+    let (trouble_sender, trouble_receiver) = watch::channel("the stream was not looked at yet".to_owned());
     let suspect = Arc::new(Notify::new());
     let keeper = Keeper {
         pool: pool.clone(),
         nats: nats.clone(),
         jetstream: jetstream.clone(),
         stream: stream_sender,
+        trouble: trouble_sender,
         suspect: Arc::clone(&suspect),
         config: config.clone(),
     };
@@ -76,6 +78,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         nats: nats.clone(),
         jetstream,
         stream: stream_receiver,
+        trouble: trouble_receiver,
         suspect_stream: suspect,
         more: Notify::new(),
         config: config.clone(),

@@ -12,6 +12,7 @@ use sqlx::PgPool;
 use tokio::sync::{Notify, watch};
 
 use crate::database::{PATIENCE, within};
+use crate::keeper::NOT_CONNECTED;
 use crate::metrics as names;
 use crate::pace::FromSeq;
 use crate::packing::{Limits, pack};
@@ -47,6 +48,8 @@ pub struct Shared {
     pub jetstream: jetstream::Context,
     /// The stream, while it is usable.
     pub stream: watch::Receiver<Option<Usable>>,
+    /// Why it is not usable, while it is not.
+    pub trouble: watch::Receiver<String>,
     /// Asks the keeper to look at the stream now.
     pub suspect_stream: Arc<Notify>,
     /// Wakes a resting worker: there is more than one can take.
@@ -164,16 +167,21 @@ async fn usable(shared: &Shared, health: &Component, shutdown: &Shutdown) -> boo
     if shared.nats.link().connected && shared.stream.borrow().is_some() {
         return true;
     }
-    health.not_ready("NATS is not connected or the stream is not usable; events wait in the outbox");
-    health.idle();
     let mut stream = shared.stream.clone();
-    tokio::select! {
-        () = shutdown.requested() => {}
-        () = shared.nats.connected() => {
-            tokio::select! {
-                () = shutdown.requested() => {}
-                _ = stream.wait_for(Option::is_some) => {}
-            }
+    let mut trouble = shared.trouble.clone();
+    let comes_back = async {
+        shared.nats.connected().await;
+        let _ = stream.wait_for(Option::is_some).await;
+    };
+    tokio::pin!(comes_back);
+    loop {
+        let why = trouble.borrow_and_update().clone();
+        health.not_ready(if shared.nats.link().connected { why } else { NOT_CONNECTED.to_owned() });
+        health.idle();
+        tokio::select! {
+            () = shutdown.requested() => break,
+            () = &mut comes_back => break,
+            Ok(()) = trouble.changed() => {}
         }
     }
     health.beat();

@@ -28,6 +28,36 @@ async fn postgres_killed_and_restarted_under_load_loses_no_commit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn postgres_that_is_down_is_not_taken_for_nats() {
+    let pair = Pair::start().await.unwrap();
+    let failures = async || pair.relay.metric("relay_database_failures_total").await.unwrap();
+    assert!(failures().await < 1.0);
+    pair.stack.postgres.kill().unwrap();
+    // Every component that waits says what for.
+    let all_say_so = async || {
+        let answer = eventually(SETTLED, async || {
+            let (_, body) = pair.relay.get("/readyz").await.map_err(|error| error.to_string())?;
+            if body.matches("Postgres failed").count() == 3 { Ok(body) } else { Err(body) }
+        });
+        let reasons = answer.await;
+        assert!(!reasons.contains("NATS"), "{reasons}");
+    };
+    all_say_so().await;
+    // Once the keeper has failed the workers wait for it, and it goes on counting.
+    let before = failures().await;
+    eventually(SETTLED, async || failures().await >= before + 3.0).await;
+    all_say_so().await;
+    assert!(pair.relay.metric("relay_nats_connected").await.unwrap() > 0.0);
+    let log = pair.relay.process().log();
+    assert!(!log.contains("stream is not usable") && !log.contains("connection to NATS lost"), "{log}");
+    pair.fill("down").await.unwrap();
+    pair.stack.postgres.start().await.unwrap();
+    pair.enqueue(&["down"]).await.unwrap();
+    pair.until_none("down").await;
+    pair.relay.until_ready().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn transaction_with_a_lower_seq_that_commits_late_is_delivered_within_two_seconds() {
     let pair = Pair::start().await.unwrap();
     pair.fill("late").await.unwrap();
