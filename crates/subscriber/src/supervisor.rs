@@ -2,6 +2,7 @@
 
 mod gap;
 mod restart;
+mod waiting;
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -101,7 +102,7 @@ impl Supervisor {
         while !shutdown.is_requested() {
             let looked = tokio::select! {
                 () = shutdown.requested() => break,
-                looked = self.look(&mut memory, &health) => looked,
+                looked = self.look_and_count(&mut memory, &health) => looked,
             };
             gauge!(names::NATS_CONNECTED).set(if self.nats.link().connected { 1.0 } else { 0.0 });
             let pause = match looked {
@@ -125,6 +126,15 @@ impl Supervisor {
                 () = tokio::time::sleep(pause) => {}
             }
         }
+    }
+
+    async fn look_and_count(&self, memory: &mut Memory, health: &Component) -> Result<(), LookError> {
+        let looked = self.look(memory, health).await;
+        if let Err(LookError::Redis(_)) = &looked {
+            gauge!(names::REDIS_UP).set(0.0);
+            self.count_waiting(memory).await;
+        }
+        looked
     }
 
     /// Looks at everything once. The order matters: no message is consumed before the stream is known to be whole, and
@@ -208,11 +218,7 @@ impl Supervisor {
                 Err(error) => tracing::debug!(%error, "cannot look into the stream; trying again"),
             }
         }
-        #[expect(clippy::cast_precision_loss, reason = "counts far below 2^52")]
-        {
-            gauge!(names::PENDING).set(pending.messages as f64);
-            gauge!(names::ACK_PENDING).set(pending.unacknowledged as f64);
-        }
+        waiting::show(pending);
         Ok(seen)
     }
 
@@ -285,8 +291,7 @@ fn note(error: &LookError, attempts: u32, memory: &mut Memory, health: &Componen
         tracing::warn!(%error, cause, "cannot watch the cache and the stream; trying again");
     }
     match error {
-        LookError::Redis(_) => gauge!(names::REDIS_UP).set(0.0),
-        LookError::Full(_) => {}
+        LookError::Redis(_) | LookError::Full(_) => {}
         // Consumer or stream may be gone: look for them anew.
         _ => memory.handles = None,
     }

@@ -30,6 +30,31 @@ async fn redis_down_and_back_loses_nothing_and_nothing_is_set_aside() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_waits_while_redis_is_down_is_counted() {
+    let pair = Pair::start().await.unwrap();
+    let waiting = async |subscriber: &tests::Daemon| {
+        let pending = subscriber.metric("subscriber_pending_messages").await.unwrap();
+        pending + subscriber.metric("subscriber_ack_pending_messages").await.unwrap()
+    };
+    pair.enqueue(&["first"]).await.unwrap();
+    pair.until_recorded().await;
+    assert!(waiting(&pair.subscriber).await < 1.0);
+    pair.stack.redis.kill().unwrap();
+    // One message after the other, or the relay might put two events in one.
+    for number in 1..=3 {
+        pair.enqueue(&[&format!("waits:{number}")]).await.unwrap();
+        eventually(Duration::from_secs(60), async || waiting(&pair.subscriber).await >= f64::from(number))
+            .await;
+    }
+    // A subscriber that starts now does not know Redis, but it knows the stream.
+    let another = pair.another_subscriber(&[]).unwrap();
+    eventually(Duration::from_secs(60), async || {
+        another.get("/metrics").await.is_ok() && waiting(&another).await >= 3.0
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn subscriber_killed_while_redis_hangs_has_acknowledged_nothing() {
     // Redis is the same afterwards, so no replay makes up for a message that was acknowledged too early.
     let subscriber =
