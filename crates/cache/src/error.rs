@@ -17,6 +17,12 @@ pub enum RedisError {
         #[source]
         source: redis::RedisError,
     },
+    /// The rights are enough for the commands but not for these keys. All other keys of the request have been dealt with.
+    #[error("redis refuses access to {what}; widen the key patterns (~) of its user")]
+    KeysRefused {
+        /// The keys or namespaces, or the first of many.
+        what: String,
+    },
     /// The configuration cannot work. The text never contains a password.
     #[error("redis configuration is not usable: {0}")]
     Config(String),
@@ -60,6 +66,14 @@ impl RedisError {
                     )
                 )
             })
+    }
+
+    /// Whether the user may not touch one of the keys, though it may run the command. Only the text tells: "no permissions
+    /// to access one of the keys used as arguments", from 7.2 on "No permissions to access a key".
+    pub(crate) fn is_about_keys(&self) -> bool {
+        let Self::Refused { source, .. } = self else { return false };
+        let text = source.to_string();
+        text.contains("permissions to access") && text.contains("key")
     }
 
     pub(crate) fn unavailable(reason: &'static str) -> Self {

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use async_nats::jetstream::consumer::pull::{self, MessagesErrorKind};
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer};
-use async_nats::jetstream::{self, Message};
-use cache::{Redis, Work};
+use async_nats::jetstream::{self, AckKind, Message};
+use cache::{Redis, RedisError, Work};
 use futures::{FutureExt, StreamExt};
 use metrics::counter;
 use rules::Rules;
@@ -25,6 +25,7 @@ pub use envelope::{DebeziumError, decode};
 
 use crate::dead::DeadLetters;
 use crate::metrics as names;
+use crate::worker::REFUSED_PAUSE;
 use crate::{Config, worker};
 
 /// Most messages applied together.
@@ -216,12 +217,16 @@ impl Debezium {
     /// Applies a batch twice with the pause between, then acknowledges it.
     async fn settle(&self, batch: &[Message], work: &Work, health: &Component, shutdown: &Shutdown) {
         if !work.is_empty() {
-            self.apply(batch, work, health, shutdown).await;
+            if let Err(refused) = self.apply(batch, work, health, shutdown).await {
+                return self.settle_refused(batch, &refused, health, shutdown).await;
+            }
             tokio::select! {
                 () = shutdown.requested() => return,
                 () = tokio::time::sleep(self.repeat_after) => {}
             }
-            self.apply(batch, work, health, shutdown).await;
+            if let Err(refused) = self.apply(batch, work, health, shutdown).await {
+                return self.settle_refused(batch, &refused, health, shutdown).await;
+            }
         }
         if shutdown.is_requested() {
             return;
@@ -234,7 +239,39 @@ impl Debezium {
         counter!(names::DEBEZIUM_MESSAGES).increment(batch.len() as u64);
     }
 
-    async fn apply(&self, batch: &[Message], work: &Work, health: &Component, shutdown: &Shutdown) {
+    /// Tells the messages with keys that the user of Redis may not touch from the others: they come again later.
+    async fn settle_refused(
+        &self,
+        batch: &[Message],
+        error: &RedisError,
+        health: &Component,
+        shutdown: &Shutdown,
+    ) {
+        if let [message] = batch {
+            tracing::warn!(%error, "change events are refused; trying them again in {REFUSED_PAUSE:?}");
+            if let Err(error) = message.ack_with(AckKind::Nak(Some(REFUSED_PAUSE))).await {
+                tracing::debug!(%error, "could not give back a change event; it comes again later");
+            }
+            return;
+        }
+        let singly = batch.iter().map(async |message| {
+            let mut work = Work::new();
+            if let Ok(events) = decode(&message.payload, &self.rules) {
+                events.iter().for_each(|event| work.add(event));
+            }
+            Box::pin(self.settle(std::slice::from_ref(message), &work, health, shutdown)).await;
+        });
+        futures::future::join_all(singly).await;
+    }
+
+    /// Applies a batch for as long as it takes, or until shutdown is requested. An error if keys of it are refused.
+    async fn apply(
+        &self,
+        batch: &[Message],
+        work: &Work,
+        health: &Component,
+        shutdown: &Shutdown,
+    ) -> Result<(), RedisError> {
         let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
         let mut kept_alive = Instant::now();
         while !shutdown.is_requested() {
@@ -243,9 +280,12 @@ impl Debezium {
                 if retry.attempts() > 0 {
                     health.ready();
                 }
-                return;
+                return Ok(());
             };
             counter!(names::REDIS_FAILURES).increment(1);
+            if matches!(error, RedisError::KeysRefused { .. }) {
+                return Err(error);
+            }
             health.not_ready(format!("Redis does not apply change events: {error}"));
             if retry.attempts() == 0 {
                 tracing::warn!(%error, "Redis does not apply change events; keeping them until it does");
@@ -259,5 +299,6 @@ impl Debezium {
                 () = tokio::time::sleep(retry.next_delay()) => {}
             }
         }
+        Ok(())
     }
 }

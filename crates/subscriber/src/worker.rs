@@ -34,6 +34,9 @@ const MAX_SPANS: usize = 16;
 const FETCH_EXPIRES: Duration = Duration::from_secs(30);
 const FETCH_HEARTBEAT: Duration = Duration::from_secs(5);
 
+/// After so long a message comes again of which Redis has refused a key.
+pub(crate) const REFUSED_PAUSE: Duration = Duration::from_secs(10);
+
 /// Pauses after a failure of Redis or NATS.
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
@@ -213,8 +216,8 @@ impl Shared {
         }
     }
 
-    /// Applies a batch, for as long as it takes, and acknowledges it. Given up only on shutdown: the messages are then
-    /// delivered to somebody else.
+    /// Applies a batch, for as long as it takes, and acknowledges it. Given up on shutdown: the messages are then delivered
+    /// to somebody else. Messages with keys that the user of Redis may not touch come again later, and hold up nobody.
     async fn settle(&self, batch: Batch, health: &Component, shutdown: &Shutdown) {
         let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
         let mut kept_alive = Instant::now();
@@ -228,6 +231,10 @@ impl Shared {
                     counter!(names::UPDATES, "outcome" => "replaced").increment(applied.updated);
                     counter!(names::UPDATES, "outcome" => "ignored").increment(applied.ignored);
                     break;
+                }
+                Err(error @ RedisError::KeysRefused { .. }) => {
+                    counter!(names::REDIS_FAILURES).increment(1);
+                    return self.settle_refused(batch, &error, health, shutdown).await;
                 }
                 Err(error) => {
                     counter!(names::REDIS_FAILURES).increment(1);
@@ -261,6 +268,31 @@ impl Shared {
         }
         failpoint::hit(FAILPOINTS[1]).await;
         batch.count();
+    }
+}
+
+impl Shared {
+    /// Takes the messages of a batch one by one, to tell those that are refused from the others.
+    async fn settle_refused(
+        &self,
+        batch: Batch,
+        error: &RedisError,
+        health: &Component,
+        shutdown: &Shutdown,
+    ) {
+        if let [message] = &*batch.messages {
+            tracing::warn!(%error, "invalidations are refused; trying them again in {REFUSED_PAUSE:?}");
+            if let Err(error) = message.ack_with(AckKind::Nak(Some(REFUSED_PAUSE))).await {
+                tracing::debug!(%error, "could not give back a message; it comes again later");
+            }
+            return;
+        }
+        for message in batch.messages {
+            let Ok(envelope) = Envelope::decode(&message.payload) else { continue };
+            let mut single = Batch::default();
+            single.add(message, &envelope);
+            Box::pin(self.settle(single, health, shutdown)).await;
+        }
     }
 }
 

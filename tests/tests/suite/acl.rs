@@ -170,6 +170,34 @@ async fn users_of_the_readme_may_do_all_that_services_and_subscribers_do() {
     assert!(denials(&[&pair.stack.redis]).await.contains("scan"));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_that_the_user_may_not_touch_hold_up_no_others_and_go_when_it_may() {
+    let stack = StackOptions { redis: options(), ..Default::default() };
+    let pair = Pair::start_with(PairOptions { stack, ..Default::default() }).await.unwrap();
+    pair.subscriber.process().terminate().await.unwrap();
+    pair.fill_many("user", 0..100).await.unwrap();
+    pair.fill_many("product", 0..4).await.unwrap();
+    // More than there are workers, and together with keys that may go.
+    for number in 0..4 {
+        let keys = [format!("user:{number}"), format!("product:{number}"), format!("user:{}", number + 50)];
+        enqueue(&pair, &Event::delete(keys).unwrap()).await;
+    }
+    pair.until_outbox_empty().await;
+    let variables = [("REDIS_URL", with_user(&pair.stack.redis_url(), "subscriber"))];
+    let subscriber = pair.another_subscriber(&variables).unwrap();
+    subscriber.until_ready().await;
+    for number in (4..50).chain(54..100) {
+        enqueue(&pair, &Event::delete([format!("user:{number}")]).unwrap()).await;
+    }
+    pair.until_none("user:*").await;
+    assert_eq!(pair.count("product:*").await.unwrap(), 4);
+    let log = subscriber.process().log();
+    assert!(log.contains("redis refuses access to \"product:"), "{log}");
+    assert!(log.contains("widen the key patterns (~) of its user"), "{log}");
+    pair.stack.redis.command(&["ACL", "SETUSER", "subscriber", "~product:*"]).await.unwrap();
+    pair.until_none("product:*").await;
+}
+
 /// Leaves the slot of a key between two nodes.
 async fn begin_to_move(cluster: &RedisCluster, key: &str) {
     let nodes = &cluster.nodes;

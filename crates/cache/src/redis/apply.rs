@@ -49,15 +49,46 @@ impl Redis {
     /// harm, so after an error the whole batch is simply repeated.
     ///
     /// # Errors
-    /// Any [`RedisError`]. Parts of the batch may have been carried out.
+    /// Any [`RedisError`]. Parts of the batch may have been carried out; after [`RedisError::KeysRefused`] all but the keys
+    /// that it is about.
     pub async fn apply(&self, work: &Work) -> Result<Applied, RedisError> {
         let mut applied = Applied::default();
-        let groups = self.group(work.items(), |item| item.key.as_bytes());
+        let mut refused = Vec::new();
+        // One key that the user may not touch has its whole command refused. It is found by halving.
+        let mut parts = vec![work.items()];
+        while let Some(part) = parts.pop() {
+            match self.apply_part(part, work, &mut applied).await {
+                Err(error) if error.is_about_keys() => match part {
+                    [item] => refused.push(&*item.key),
+                    _ => parts.extend(<[_; 2]>::from(part.split_at(part.len() / 2))),
+                },
+                outcome => outcome?,
+            }
+        }
+        if !work.namespaces().is_empty() {
+            let namespaces: Vec<_> = work.namespaces().iter().map(beginning_with).collect();
+            match self.delete_matching(&namespaces).await {
+                Err(error) if error.is_about_keys() => {
+                    refused.extend(work.namespaces().iter().map(CacheKey::as_str))
+                }
+                deleted => applied.deleted += deleted?,
+            }
+        }
+        if refused.is_empty() { Ok(applied) } else { Err(keys_refused(&refused)) }
+    }
+
+    async fn apply_part(
+        &self,
+        items: &[Item],
+        work: &Work,
+        applied: &mut Applied,
+    ) -> Result<(), RedisError> {
+        let groups = self.group(items, |item| item.key.as_bytes());
         let answers = self.run_all(&requests(&groups, invalidation)).await?;
         let mut registries = Vec::new();
         let mut with_stale_copies = Vec::new();
         for (group, answers) in groups.into_iter().zip(answers) {
-            let shown = count(&group, answers, &mut applied)?;
+            let shown = count(&group, answers, applied)?;
             registries.push(shown.registry);
             if shown.has_stale_copies {
                 with_stale_copies.push(group);
@@ -65,12 +96,8 @@ impl Redis {
         }
         self.limit_stale_copies(&with_stale_copies).await?;
         let to_remove = marks_to_remove(work, &registries);
-        applied.unmarked = self.remove_marks(&to_remove).await?;
-        if !work.namespaces().is_empty() {
-            let namespaces: Vec<_> = work.namespaces().iter().map(beginning_with).collect();
-            applied.deleted += self.delete_matching(&namespaces).await?;
-        }
-        Ok(applied)
+        applied.unmarked += self.remove_marks(&to_remove).await?;
+        Ok(())
     }
 
     /// Invalidates keys now, as the event of the same change will do again. Returns how many names were there.
@@ -97,6 +124,15 @@ impl Redis {
         };
         self.run_all(&requests(groups, limit)).await.map(drop)
     }
+}
+
+fn keys_refused(keys: &[&str]) -> RedisError {
+    const NAMED: usize = 3;
+    let mut what = keys.iter().take(NAMED).map(|key| format!("{key:?}")).collect::<Vec<_>>().join(", ");
+    if keys.len() > NAMED {
+        what = format!("{what} and {} more", keys.len() - NAMED);
+    }
+    RedisError::KeysRefused { what }
 }
 
 /// `UNLINK`s, then updates, then a look at the registry of marks and at whether there are stale copies.
