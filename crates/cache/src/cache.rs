@@ -10,7 +10,7 @@ mod miss;
 use std::sync::Arc;
 use std::time::Duration;
 
-use event::CacheKey;
+use event::{CacheKey, MAX_TTL};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -48,7 +48,10 @@ struct Shared {
 impl Cache {
     /// A cache in `redis`. Install the metrics recorder before.
     #[must_use]
-    pub fn new(redis: Redis, config: CacheConfig) -> Self {
+    pub fn new(redis: Redis, mut config: CacheConfig) -> Self {
+        // Longer times mean for ever, and cannot be added to the time of day.
+        config.lease = config.lease.min(MAX_TTL);
+        config.wait = config.wait.min(MAX_TTL);
         let meters = Meters::new();
         let breaker =
             Breaker::new(config.breaker_failures, config.breaker_pause, meters.breaker_open.clone());

@@ -76,6 +76,15 @@ impl RedisError {
         text.contains("permissions to access") && text.contains("key")
     }
 
+    /// Whether Redis is there and does other things than the one it was asked for.
+    pub(crate) fn is_answer(&self) -> bool {
+        match self {
+            Self::Refused { code, .. } => code == "NOPERM",
+            Self::KeysRefused { .. } | Self::Unexpected(_) => true,
+            _ => self.is_out_of_memory(),
+        }
+    }
+
     pub(crate) fn unavailable(reason: &'static str) -> Self {
         Self::Unavailable(reason.into())
     }

@@ -111,7 +111,8 @@ impl Event {
     /// An event that tells the cache the new value of `key`, so that no miss follows the write.
     ///
     /// `version` must be read while holding the row's lock (a `version` column that the `UPDATE` itself increments);
-    /// no other number is safe across transactions.
+    /// no other number is safe across transactions. The version of a key must never go back, not even when its row is
+    /// deleted and inserted again; where it may, enqueue a delete instead.
     ///
     /// # Errors
     /// [`InvalidEvent`] if the key is not valid or a limit of the update is broken.

@@ -3,6 +3,9 @@ use std::time::{Duration, Instant};
 
 use metrics::Gauge;
 
+/// How often to say that Redis refuses something.
+const SAY_AGAIN_MS: u64 = 60_000;
+
 /// Keeps reads from waiting for a Redis that does not answer.
 ///
 /// Closed until so many requests in a row have failed; then open, which lets one request through per pause, and closed
@@ -14,13 +17,22 @@ pub(super) struct Breaker {
     failures: AtomicU32,
     /// When the next request is let through, in ms after `origin`; 0 while closed.
     retry_at_ms: AtomicU64,
+    /// When it may be said again that Redis refuses requests, in ms after `origin`.
+    say_at_ms: AtomicU64,
     open: Gauge,
 }
 
 impl Breaker {
     pub(super) fn new(limit: u32, pause: Duration, open: Gauge) -> Self {
-        let (failures, retry_at_ms) = (AtomicU32::new(0), AtomicU64::new(0));
-        Self { limit: limit.max(1), pause, origin: Instant::now(), failures, retry_at_ms, open }
+        Self {
+            limit: limit.max(1),
+            pause,
+            origin: Instant::now(),
+            failures: AtomicU32::new(0),
+            retry_at_ms: AtomicU64::new(0),
+            say_at_ms: AtomicU64::new(0),
+            open,
+        }
     }
 
     /// Whether Redis may be asked now.
@@ -49,7 +61,12 @@ impl Breaker {
         }
     }
 
+    /// Redis that is full, or does not permit something, still answers hits, so it is not left alone.
     pub(super) fn failed(&self, error: &crate::RedisError) {
+        if error.is_answer() {
+            self.succeeded();
+            return self.complain(error);
+        }
         let failures = self.failures.fetch_add(1, Ordering::Relaxed).saturating_add(1);
         if failures < self.limit {
             return;
@@ -59,6 +76,17 @@ impl Breaker {
             self.open.set(1);
             let cause = std::error::Error::source(error).map(ToString::to_string);
             tracing::warn!(%error, cause, "redis does not answer, readers load without it");
+        }
+    }
+
+    fn complain(&self, error: &crate::RedisError) {
+        let (now, say_at) = (self.now_ms(), self.say_at_ms.load(Ordering::Relaxed));
+        let next = now + SAY_AGAIN_MS;
+        if now >= say_at
+            && self.say_at_ms.compare_exchange(say_at, next, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+        {
+            let cause = std::error::Error::source(error).map(ToString::to_string);
+            tracing::warn!(%error, cause, "redis refuses what readers ask for; what they load is not cached");
         }
     }
 

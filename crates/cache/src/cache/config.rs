@@ -8,11 +8,12 @@ pub struct CacheConfig {
     /// Times to live are shortened at random by up to this fraction, so that values cached together do not expire
     /// together. Between 0 and 1.
     pub ttl_jitter: f64,
-    /// How long a reader may take to load. A value loaded later than that is returned but not cached.
+    /// How long a reader may take to load, at most 366 days. A value loaded later than that is returned but not cached.
     pub lease: Duration,
     /// How long a reader waits for a value that another process is loading before it loads the value itself.
     pub wait: Duration,
-    /// Longest time for one request to Redis; a read makes at most three and the polls of `wait`.
+    /// Longest time for the answer to one request to Redis, and for a connection if there is none. A read makes at most
+    /// three requests, besides the polls of `wait` and those for a stale copy.
     pub redis_timeout: Duration,
     /// After so many failed requests in a row Redis is not asked any more.
     pub breaker_failures: u32,
@@ -39,7 +40,8 @@ impl Default for CacheConfig {
 /// How one read behaves. Write `Options { ttl, ..Default::default() }`.
 #[derive(Debug, Clone, Copy)]
 pub struct Options<C = Json> {
-    /// How long the loaded value may be served if nothing invalidates it. Zero: neither read nor fill the cache.
+    /// How long the loaded value may be served if nothing invalidates it, at most 366 days. Zero: neither read nor fill
+    /// the cache.
     pub ttl: Duration,
     /// The same for values that do not exist. Zero: do not cache them.
     pub negative_ttl: Duration,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use event::CacheKey;
+use event::{CacheKey, MAX_TTL};
 
 use super::flight::{Landing, Leader};
 use super::{Cache, Options, Shared};
@@ -75,11 +75,14 @@ impl<'a> Lease<'a> {
     /// Offers a value. If it was stored, says when it was sent.
     async fn fill(self, fill: Fill<'_>) -> Option<Instant> {
         let LeaseRequest { cache, key, .. } = self.request;
-        self.request.forget();
         let Shared { reads, meters, .. } = &*cache.shared;
         let sent = Instant::now();
         let stored = cache.ask(reads.fill(key, &self.id, fill)).await;
         meters.fills.count(stored);
+        // Without an answer it may still be held, and others would wait for it.
+        if stored.is_some() {
+            self.request.forget();
+        }
         (stored == Some(true)).then_some(sent)
     }
 }
@@ -148,6 +151,7 @@ impl Cache {
         bytes: &[u8],
     ) -> Option<Duration> {
         let ttl = if options.codec.is_absent(bytes) { options.negative_ttl } else { options.ttl };
+        let ttl = ttl.min(MAX_TTL);
         if ttl.is_zero() || bytes.len() > self.shared.config.max_value_bytes {
             self.shared.meters.fills.skipped.increment(1);
             return None;

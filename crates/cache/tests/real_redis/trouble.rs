@@ -150,6 +150,33 @@ async fn wrong_credentials_do_not_keep_readers_from_their_values() {
 }
 
 #[tokio::test]
+async fn a_full_redis_goes_on_serving_hits_while_misses_are_refused() {
+    let bed = Bed::new().await;
+    let cache = impatient(&bed.server.url());
+    assert_eq!(cache.get_or_load("hit", MINUTE, || find(1)).await, Ok(1));
+    bed.raw(&["CONFIG", "SET", "maxmemory", "1"]).await;
+    // As many misses in a row as open the breaker, and more.
+    for number in 0..10 {
+        assert_eq!(cache.get_or_load(format!("miss:{number}"), MINUTE, || find(7)).await, Ok(7));
+    }
+    let misses = (0..10).map(|number| cache.get_or_load(format!("again:{number}"), MINUTE, || find(7)));
+    futures::future::join_all(misses).await;
+    let loads = Loads::default();
+    assert_eq!(cache.get_or_load("hit", MINUTE, || loads.find(2)).await, Ok(1));
+    assert_eq!(loads.count(), 0);
+}
+
+#[tokio::test]
+async fn times_without_end_are_cut_to_what_redis_takes() {
+    let bed = Bed::new().await;
+    let forever = Duration::MAX;
+    let config = CacheConfig { ttl_jitter: 0.0, lease: forever, wait: forever, ..CacheConfig::default() };
+    let cache = Cache::new(connect(&bed.server.url()), config);
+    assert_eq!(cache.get_or_load("n", forever, || find(7)).await, Ok(7));
+    assert_eq!(bed.raw(&["GET", "n"]).await, "7");
+}
+
+#[tokio::test]
 async fn a_full_redis_refuses_marks_for_now_and_turns_updates_into_deletes() {
     let bed = Bed::new().await;
     let (unmarked, key, other) = (key("unmarked"), key("k"), key("other"));
