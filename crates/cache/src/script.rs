@@ -23,6 +23,8 @@ pub(crate) static APPLY: LazyLock<Script> = LazyLock::new(|| Script::new(include
 /// Cuts the remaining time of a stale copy.
 pub(crate) static LIMIT_STALE: LazyLock<Script> =
     LazyLock::new(|| Script::new(include_str!("scripts/limit_stale.lua")));
+/// Registers marks, makes them, and deletes what they are about.
+pub(crate) static MARK: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/mark.lua")));
 /// Registers marks with the server's own time.
 pub(crate) static REGISTER: LazyLock<Script> =
     LazyLock::new(|| Script::new(include_str!("scripts/register.lua")));
@@ -34,7 +36,8 @@ impl Script {
 
     /// The script that a call with its text or name means.
     pub(crate) fn named(name: &[u8]) -> Option<&'static Self> {
-        let all: [&'static LazyLock<Self>; 6] = [&ACQUIRE, &FILL, &RELEASE, &APPLY, &LIMIT_STALE, &REGISTER];
+        let all: [&'static LazyLock<Self>; 7] =
+            [&ACQUIRE, &FILL, &RELEASE, &APPLY, &LIMIT_STALE, &MARK, &REGISTER];
         all.into_iter().map(|script| &**script).find(|script| script.is_named(name))
     }
 

@@ -77,12 +77,7 @@ impl Redis {
         if refused.is_empty() { Ok(applied) } else { Err(keys_refused(&refused)) }
     }
 
-    async fn apply_part(
-        &self,
-        items: &[Item],
-        work: &Work,
-        applied: &mut Applied,
-    ) -> Result<(), RedisError> {
+    async fn apply_part(&self, items: &[Item], work: &Work, applied: &mut Applied) -> Result<(), RedisError> {
         let groups = self.group(items, |item| item.key.as_bytes());
         let answers = self.run_all(&requests(&groups, invalidation)).await?;
         let mut registries = Vec::new();

@@ -8,12 +8,19 @@ use event::CacheKey;
 use super::Redis;
 use super::apply::{NAMES_PER_UNLINK, milliseconds};
 use super::batch::{Group, read, requests};
+use super::lease::MAX_STALE;
 use crate::RedisError;
-use crate::names::{Shard, guard, marks, parse_registry_member, registry_member};
-use crate::script::REGISTER;
+use crate::names::{Shard, guard, marks, parse_registry_member, registry_member, stale};
+use crate::script::MARK;
 
 /// Most forgotten marks returned at once from one registry.
 const MAX_ORPHANS: usize = 1_000;
+
+/// Names of a key that a mark is about: marks, guard, value and stale copy.
+pub(super) const NAMES_PER_KEY: usize = 4;
+
+/// Most keys marked in one step.
+const KEYS_PER_MARK: usize = NAMES_PER_UNLINK / NAMES_PER_KEY;
 
 /// Registries looked at in one pipeline: about a millisecond of a node's time.
 const REGISTRIES_PER_PIPELINE: usize = 1_000;
@@ -99,26 +106,17 @@ impl Redis {
     }
 }
 
-/// Registry, then marks, then deletes: a mark is never without its entry in the registry, and a key is deleted when
-/// nothing can fill it any more.
+/// One step for up to so many keys as is short enough not to hold up other clients.
 fn marking(group: &Group<&CacheKey>, xid: u64) -> Pipeline {
-    let mut pipeline = Pipeline::with_capacity(group.items.len() + 3);
-    if let Shard::Slot(_) = group.shard {
-        // If a later command is to be asked for at another node, the client sends all of them there, with leave for the
-        // first only. It must not be the one that creates a registry, for there is one at this node.
-        pipeline.cmd("EXISTS").arg(group.shard.registry());
-    }
-    REGISTER.call_in(&mut pipeline, true).arg(1).arg(group.shard.registry());
-    for key in &group.items {
-        pipeline.arg(registry_member(key.as_str(), xid));
-    }
-    for key in &group.items {
-        pipeline.cmd("SADD").arg(marks(key.as_str())).arg(xid);
-    }
-    for keys in group.items.chunks(NAMES_PER_UNLINK / 2) {
-        pipeline.cmd("UNLINK");
+    let mut pipeline = Pipeline::with_capacity(group.items.len().div_ceil(KEYS_PER_MARK));
+    for (nth, keys) in group.items.chunks(KEYS_PER_MARK).enumerate() {
+        MARK.call_in(&mut pipeline, nth == 0).arg(keys.len() * NAMES_PER_KEY + 1).arg(group.shard.registry());
+        for key in keys.iter().map(|key| key.as_str()) {
+            pipeline.arg(marks(key)).arg(guard(key)).arg(key).arg(stale(key));
+        }
+        pipeline.arg(xid).arg(milliseconds(MAX_STALE));
         for key in keys {
-            pipeline.arg(guard(key.as_str())).arg(key.as_str());
+            pipeline.arg(registry_member(key.as_str(), xid));
         }
     }
     pipeline
@@ -153,4 +151,16 @@ fn listing(shards: &[Shard], until_ms: u64) -> Pipeline {
 fn parse_mark(member: &str) -> Option<(CacheKey, u64)> {
     let (key, xid) = parse_registry_member(member)?;
     Some((CacheKey::new(key).ok()?, xid))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mark_of_many_keys_is_one_command_so_that_no_part_of_it_can_come_late() {
+        let keys: Vec<CacheKey> = (0..30).map(|n| CacheKey::new(format!("k:{n}")).unwrap()).collect();
+        let group = Group { shard: Shard::Server, items: keys.iter().collect() };
+        assert_eq!(marking(&group, 7).len(), 1);
+    }
 }

@@ -15,10 +15,11 @@ use deadpool_redis::redis::cluster_async::ClusterConnection;
 use deadpool_redis::redis::{Arg, Cmd, ErrorKind, FromRedisValue, Pipeline, Value};
 
 use super::batch::read;
+use super::marks::NAMES_PER_KEY;
 use super::{Redis, within};
 use crate::RedisError;
 use crate::names::Shard;
-use crate::script::{APPLY, Script};
+use crate::script::{APPLY, MARK, REGISTER, Script};
 
 /// For so long after a refusal requests on several keys of a slot are not tried again: each would be repeated by the
 /// client, with pauses, before it fails.
@@ -90,12 +91,12 @@ impl Redis {
     async fn query_in_parts(&self, command: &Cmd) -> Result<Value, RedisError> {
         match Parts::of(command)? {
             Parts::Whole(command) => self.query_alone(&command).await,
-            Parts::Deletes { commands, answer } => {
-                let mut deleted = 0;
+            Parts::Several { commands, answer } => {
+                let mut sum = 0;
                 for command in &commands {
-                    deleted += read::<i64>(self.query_alone(command).await?)?;
+                    sum += read::<i64>(self.query_alone(command).await?)?;
                 }
-                Ok(Value::Int(answer.unwrap_or(deleted)))
+                Ok(Value::Int(answer.unwrap_or(sum)))
             }
         }
     }
@@ -133,8 +134,8 @@ impl Redis {
 enum Parts {
     /// It has only one.
     Whole(Cmd),
-    /// Deletes, whose answers are added up unless another is given.
-    Deletes { commands: Vec<Cmd>, answer: Option<i64> },
+    /// It has several. Their answers are added up unless another is given.
+    Several { commands: Vec<Cmd>, answer: Option<i64> },
 }
 
 impl Parts {
@@ -147,7 +148,7 @@ impl Parts {
         };
         match arguments.as_slice() {
             [b"UNLINK", names @ ..] => {
-                Ok(Self::Deletes { commands: names.iter().map(|name| delete(name)).collect(), answer: None })
+                Ok(Self::Several { commands: names.iter().map(|name| delete(name)).collect(), answer: None })
             }
             [b"EVAL" | b"EVALSHA", script, b"1", arguments @ ..] => {
                 let script = Script::named(script)
@@ -159,12 +160,40 @@ impl Parts {
             }
             // As if the version were not known, which is always safe.
             [b"EVAL" | b"EVALSHA", script, b"3", value, guard, ..] if APPLY.is_named(script) => {
-                Ok(Self::Deletes { commands: vec![delete(guard), delete(value)], answer: Some(-1) })
+                Ok(Self::Several { commands: vec![delete(guard), delete(value)], answer: Some(-1) })
+            }
+            [b"EVAL" | b"EVALSHA", script, count, registry, rest @ ..] if MARK.is_named(script) => {
+                let names = count.utf8_chunks().next().and_then(|text| text.valid().parse::<usize>().ok());
+                let (names, arguments) = names
+                    .and_then(|names| rest.split_at_checked(names.saturating_sub(1)))
+                    .ok_or_else(|| RedisError::unexpected("a mark without its names"))?;
+                Ok(Self::Several { commands: marks_in_order(registry, names, arguments), answer: Some(1) })
             }
             [b"EVAL" | b"EVALSHA", ..] => Err(RedisError::Unavailable(SlotIsMoving.into())),
             _ => Ok(Self::Whole(command.clone())),
         }
     }
+}
+
+/// Registry, then marks, then deletes: a mark is never without its entry in the registry, and a key is deleted when nothing
+/// can fill it any more. Its stale copy goes too.
+fn marks_in_order(registry: &[u8], names: &[&[u8]], arguments: &[&[u8]]) -> Vec<Cmd> {
+    let [xid, _, members @ ..] = arguments else { return Vec::new() };
+    let mut register = REGISTER.call_with_text();
+    register.arg(1).arg(registry).arg(members);
+    let mut commands = vec![register];
+    let of_keys = || names.chunks_exact(NAMES_PER_KEY);
+    commands.extend(of_keys().map(|names| {
+        let mut mark = Cmd::new();
+        mark.arg("SADD").arg(names[0]).arg(*xid);
+        mark
+    }));
+    commands.extend(of_keys().flat_map(|names| &names[1..]).map(|name| {
+        let mut delete = Cmd::new();
+        delete.arg("UNLINK").arg(*name);
+        delete
+    }));
+    commands
 }
 
 fn simple(argument: Arg<&[u8]>) -> &[u8] {

@@ -1,4 +1,4 @@
--- Registers marks under the server's own time, so that no writer's clock decides when a mark counts as forgotten.
+-- The first part of MARK where the slot is moving and each name has to be dealt with alone: registers marks under the server's own time, so that no writer's clock decides when a mark counts as forgotten.
 -- KEYS: registry. ARGV: members.
 
 local time = redis.call('TIME')

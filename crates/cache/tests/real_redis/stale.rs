@@ -56,6 +56,16 @@ async fn strict_readers_and_readers_who_did_not_ask_never_get_a_stale_value() {
 }
 
 #[tokio::test]
+async fn a_mark_cuts_the_time_of_the_stale_copy_as_a_delete_does() {
+    let (bed, loads) = (Bed::new().await, Loads::default());
+    bed.read(&Options { ttl: 60 * MINUTE, ..LENIENT }, &loads, 1).await;
+    bed.redis.mark(&[key("n")], 7).await.unwrap();
+    bed.redis.unmark(&[key("n")], 7).await.unwrap();
+    let left: u128 = bed.raw(&["PTTL", "\u{1f}s{n}"]).await.parse().unwrap();
+    assert!(0 < left && left <= MAX_STALE.as_millis(), "{left} ms");
+}
+
+#[tokio::test]
 async fn under_a_mark_nobody_gets_a_stale_value() {
     let (bed, loads) = (Bed::new().await, Loads::default());
     bed.read(&LENIENT, &loads, 1).await;
