@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use pgwire_replication::Lsn;
 use pgwire_replication::protocol::framing::{MessageReader, write_query, write_startup_message};
+use rules::PINNED_SETTINGS;
 use tokio::io::BufReader;
 
 use transport::Transport;
@@ -33,6 +34,9 @@ const READ_BUFFER_BYTES: usize = 64 * 1024;
 
 /// Largest message accepted. A row of Postgres can have a gigabyte; one that large has no place in a cache.
 const MAX_MESSAGE_BYTES: usize = 256 * 1024 * 1024;
+
+/// Floats that differ must differ as text: watched columns are compared by it.
+const EXACT_FLOATS: (&str, &str) = ("extra_float_digits", "3");
 
 /// Who the server is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,14 +80,17 @@ impl Session {
         let transport = transport::connect(settings).await?;
         let mut stream = BufReader::with_capacity(READ_BUFFER_BYTES, transport);
         let timeout = format!("-c wal_sender_timeout={}", wal_sender_timeout.as_millis());
-        let parameters = [
+        let mut parameters = vec![
             ("user", settings.user.as_str()),
             ("database", settings.database.as_str()),
             ("replication", "database"),
             ("client_encoding", "UTF8"),
             ("application_name", settings.application_name.as_str()),
             ("options", timeout.as_str()),
+            EXACT_FLOATS,
         ];
+        // What a client asks for goes before what server, database and role have as defaults.
+        parameters.extend(PINNED_SETTINGS);
         write_startup_message(&mut stream, PROTOCOL_VERSION, &parameters).await?;
         let mut reader = MessageReader::new().with_max_message_size(MAX_MESSAGE_BYTES);
         authentication::authenticate(&mut stream, &mut reader, settings).await?;
