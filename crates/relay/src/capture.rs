@@ -31,7 +31,10 @@ use pump::{Pump, PumpError};
 use reader::{ReadEnd, ReadError};
 
 pub use monitor::monitor;
-pub use opening::{check_rules, preflight};
+pub use opening::{ReadElsewhere, check_rules, preflight};
+
+/// How a reader of the log shows in `pg_stat_replication`: by it relays know one another.
+pub const APPLICATION_NAME: &str = "relay-wal";
 
 /// Pauses before the log is read again after a failure.
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(100);
@@ -79,6 +82,7 @@ pub async fn run(capture: Arc<Capture>, health: Component, shutdown: Shutdown) {
     let mut standby = Backoff::new(STANDBY_INTERVAL, STANDBY_INTERVAL);
     let mut streaming = true;
     let mut halted = None;
+    let mut told = None;
     while !shutdown.is_requested() {
         gauge!(names::CAPTURE_ACTIVE).set(0.0);
         let pause = match read_on(&capture, streaming, &health, &shutdown).await {
@@ -88,6 +92,17 @@ pub async fn run(capture: Arc<Capture>, health: Component, shutdown: Shutdown) {
                 retry.reset();
                 health.ready();
                 health.idle();
+                standby.next_delay()
+            }
+            Err(CaptureError::Open(OpenError::ReadElsewhere(foreign))) => {
+                if told.as_ref() != Some(&foreign) {
+                    tracing::warn!(
+                        slot = capture.config.slot,
+                        "{foreign}; the write-ahead log is not read: stop that program, or choose another name in RELAY_SLOT"
+                    );
+                }
+                health.not_ready(foreign.to_string());
+                told = Some(foreign);
                 standby.next_delay()
             }
             Err(CaptureError::Open(OpenError::Gap(gap))) => {

@@ -11,6 +11,9 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{Connection, PgConnection, PgPool};
 use tokio::time::{Instant, timeout};
 
+/// How the connections show in `pg_stat_activity`.
+pub const APPLICATION_NAME: &str = "relay";
+
 /// How long to wait for a connection before a claim counts as failed.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -120,7 +123,7 @@ pub enum DatabaseError {
 pub async fn connect(url: &SecretUrl, connections: u32, patience: Duration) -> Result<PgPool, DatabaseError> {
     let options = PgConnectOptions::from_str(url.expose())
         .map_err(|source| DatabaseError::Url { url: url.clone(), source })?
-        .application_name("relay");
+        .application_name(APPLICATION_NAME);
     let started = Instant::now();
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
     loop {

@@ -125,7 +125,7 @@ fn prepare_capture(config: &Config) -> anyhow::Result<(Arc<Rules>, Settings)> {
     let rules = Arc::new(Rules::load(file)?);
     wal::check_name(&config.capture.slot)?;
     wal::check_name(&config.capture.publication)?;
-    let settings = Settings::parse(config.database_url()?, "relay-wal")?;
+    let settings = Settings::parse(config.database_url()?, capture::APPLICATION_NAME)?;
     Ok((rules, settings))
 }
 

@@ -15,6 +15,8 @@ pub struct SlotState {
     pub database: String,
     /// Process that reads it.
     pub active_pid: Option<i32>,
+    /// `application_name` of that process.
+    pub reader: Option<String>,
     /// `reserved`, `extended`, `unreserved` or `lost`: whether the log it needs is still there.
     pub wal_status: String,
     /// Everything before it is published.
@@ -136,7 +138,8 @@ pub async fn find(pool: &PgPool, name: &str) -> Result<Option<SlotState>, sqlx::
         "select plugin::text, coalesce(database::text, ''), active_pid, coalesce(wal_status, 'reserved'),
                 coalesce(confirmed_flush_lsn, '0/0')::text,
                 pg_wal_lsn_diff(written, coalesce(confirmed_flush_lsn, restart_lsn))::bigint,
-                pg_wal_lsn_diff(written, restart_lsn)::bigint, safe_wal_size
+                pg_wal_lsn_diff(written, restart_lsn)::bigint, safe_wal_size,
+                (select application_name from pg_stat_activity where pid = active_pid)
          from pg_replication_slots, lateral (select case when pg_is_in_recovery() then pg_last_wal_replay_lsn()
                                              else pg_current_wal_lsn() end written) here
          where slot_name = $1",
@@ -161,6 +164,7 @@ fn read(row: &PgRow) -> Result<SlotState, sqlx::Error> {
         lag_bytes: row.try_get::<Option<i64>, _>(5)?.unwrap_or(0).max(0),
         retained_bytes: row.try_get::<Option<i64>, _>(6)?.unwrap_or(0).max(0),
         safe_bytes: row.try_get(7)?,
+        reader: row.try_get(8)?,
     })
 }
 

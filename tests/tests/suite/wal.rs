@@ -9,11 +9,13 @@ mod failover;
 mod faults;
 mod gaps;
 mod gate;
+mod health;
 mod idle;
 mod large;
 mod outbox;
 mod schema;
 mod transactions;
+mod values;
 
 use std::process::Command;
 

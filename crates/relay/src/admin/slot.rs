@@ -48,8 +48,10 @@ pub(super) async fn execute(pool: &PgPool, config: &Config, command: SlotCommand
 /// One line about the slot.
 pub(super) fn describe(name: &str, state: Option<&SlotState>) -> String {
     let Some(state) = state else { return format!("{name} does not exist") };
-    let reader =
-        state.active_pid.map_or("nobody reads it".to_owned(), |pid| format!("read by process {pid}"));
+    let reader = state.active_pid.map_or("nobody reads it".to_owned(), |pid| {
+        let name = state.reader.as_deref().unwrap_or_default();
+        format!("read by process {pid} '{name}'")
+    });
     let room = state
         .safe_bytes
         .map_or(String::new(), |bytes| format!(", lost after {:.1} MB more", megabytes(bytes)));

@@ -74,7 +74,7 @@ pub(super) async fn close(
     };
     // In this order: what commits from here on is in the slot, what committed before is flushed. Until the new position
     // is recorded the gap is found again.
-    flush(capture).await;
+    flush(capture, health).await;
     recorded::begin(pool, name, &position(identity, begins_at)).await?;
     counter!(names::CAPTURE_GAPS, "policy" => policy.as_str()).increment(1);
     tracing::warn!(slot = name, "{gap}; every key that the rules can name was declared stale");
@@ -82,7 +82,7 @@ pub(super) async fn close(
 }
 
 /// Publishes the namespaces of all rules.
-async fn flush(capture: &Capture) {
+async fn flush(capture: &Capture, health: &Component) {
     let mut events = Vec::new();
     for table in capture.rules.tables() {
         let namespaces = wal::namespaces(table);
@@ -91,7 +91,7 @@ async fn flush(capture: &Capture) {
         }
     }
     let mut poison = Vec::new();
-    super::pump::publish_surely(&capture.shared, &events, &mut poison).await;
+    super::pump::publish_surely(&capture.shared, &events, &mut poison, health).await;
 }
 
 #[cfg(test)]
@@ -105,6 +105,7 @@ mod tests {
             plugin: "pgoutput".to_owned(),
             database: "db".to_owned(),
             active_pid: None,
+            reader: None,
             wal_status: wal_status.to_owned(),
             confirmed: Lsn(confirmed),
             lag_bytes: 0,

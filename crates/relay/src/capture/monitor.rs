@@ -35,7 +35,11 @@ pub async fn monitor(capture: Arc<Capture>, health: Component, shutdown: Shutdow
                     }
                 }
             }
-            Err(error) => tracing::debug!(%error, "could not look at the slot"),
+            Err(error) => {
+                // A restart would not help a server that is down.
+                tracing::debug!(%error, "could not look at the slot");
+                health.not_ready(format!("cannot look at slot {}: {error}", capture.config.slot));
+            }
         }
         tokio::select! {
             () = shutdown.requested() => {}

@@ -28,11 +28,33 @@ const PUBLICATION_PATIENCE: Duration = Duration::from_secs(30);
 /// How often to look whether Postgres is still creating the slot.
 const CREATION_INTERVAL: Duration = Duration::from_secs(5);
 
+/// A program that is no relay reads the slot.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("slot {slot} is read by '{reader}', process {pid} of the server, which is no relay")]
+pub struct ReadElsewhere {
+    slot: String,
+    reader: String,
+    pid: i32,
+}
+
+impl ReadElsewhere {
+    /// Looks at who reads the slot. A process that has just left is nobody.
+    pub fn find(slot: &str, state: &SlotState) -> Option<Self> {
+        let (pid, reader) = (state.active_pid?, state.reader.clone()?);
+        // The second creates the slot.
+        let is_relay =
+            [super::APPLICATION_NAME, crate::database::APPLICATION_NAME].contains(&reader.as_str());
+        (!is_relay).then(|| Self { slot: slot.to_owned(), reader, pid })
+    }
+}
+
 /// Why the log cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     #[error(transparent)]
     Session(#[from] SessionError),
+    #[error(transparent)]
+    ReadElsewhere(#[from] ReadElsewhere),
     #[error(transparent)]
     Slot(#[from] SlotError),
     #[error(transparent)]
@@ -133,6 +155,9 @@ pub(super) async fn open(
     let existing = within(PATIENCE, slot::find(pool, &config.slot)).await?;
     if let Some(state) = &existing {
         slot::check(&config.slot, state, &facts)?;
+        if let Some(foreign) = ReadElsewhere::find(&config.slot, state) {
+            return Err(foreign.into());
+        }
         if let Some(pid) = state.active_pid {
             return Err(SessionError::SlotActive(format!("process {pid}")).into());
         }

@@ -13,6 +13,7 @@ use outbox::{Claimed, Poison};
 use rules::catalog::{ExpandError, Expander};
 use service::{Backoff, Component, failpoint};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::time::MissedTickBehavior;
 use wal::session::Confirmer;
 use wal::{Ledger, Lsn, Piece, Snapshot, Ticket};
 
@@ -24,6 +25,7 @@ use crate::database::within;
 use crate::metrics as names;
 use crate::packing::{Limits, pack};
 use crate::publisher;
+use crate::stream::Usable;
 use crate::worker::Shared;
 
 /// Parts of transactions judged and published together.
@@ -41,6 +43,9 @@ const SETTLE_INTERVAL: Duration = Duration::from_millis(25);
 /// Log that is confirmed although nothing was published in it. Less is left: recording a position writes log itself, and
 /// would never come to an end.
 const IDLE_CONFIRM_BYTES: u64 = 256 * 1024;
+
+/// A sign of life at least this often, whatever is waited for: all of it has limits of its own.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 
 /// Pauses after a failure of the broker.
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
@@ -135,10 +140,13 @@ impl Pump {
     pub(super) async fn run(mut self, mut items: mpsc::Receiver<Item>) -> Result<(), PumpError> {
         let mut received = Vec::with_capacity(BATCH_ITEMS);
         let mut is_open = true;
+        let mut sign_of_life = tokio::time::interval(SIGN_OF_LIFE);
+        sign_of_life.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while is_open || !self.is_empty() {
             let has_room = self.publishing.len() < BATCHES_IN_FLIGHT;
             tokio::select! {
                 biased;
+                _ = sign_of_life.tick() => self.health.beat(),
                 Some(acknowledged) = self.publishing.next(), if !self.publishing.is_empty() => {
                     self.acknowledged.push(acknowledged?);
                     failpoint::hit("relay.wal_after_publish").await;
@@ -151,7 +159,6 @@ impl Pump {
                 }
                 count = items.recv_many(&mut received, BATCH_ITEMS), if is_open && has_room => {
                     is_open = count > 0;
-                    self.health.beat();
                     self.take_in(&mut received);
                     self.publish_visible().await?;
                 }
@@ -219,7 +226,7 @@ impl Pump {
         self.waiting = still_waiting;
         if !batch.tickets.is_empty() {
             let (capture, expanders) = (Arc::clone(&self.capture), Arc::clone(&self.expanders));
-            self.publishing.push(Box::pin(publish(capture, expanders, batch)));
+            self.publishing.push(Box::pin(publish(capture, expanders, batch, self.health.clone())));
         }
         Ok(())
     }
@@ -299,11 +306,12 @@ async fn publish(
     capture: Arc<Capture>,
     expanders: Arc<Vec<Option<Expander>>>,
     batch: Batch,
+    health: Component,
 ) -> Result<Acknowledged, PumpError> {
     let Batch { tickets, permits, mut events, mut poison, questions } = batch;
     // They are visible, so a new snapshot of the tables that it reads has them.
     events.extend(expand::answer(&capture, &expanders, questions).await?);
-    let (stream, published) = publish_surely(&capture.shared, &events, &mut poison).await;
+    let (stream, published) = publish_surely(&capture.shared, &events, &mut poison, &health).await;
     for dead in &poison {
         tracing::error!(event_id = %dead.event_id(), reason = %dead.reason, "event set aside as a dead letter");
     }
@@ -315,22 +323,17 @@ async fn publish(
     Ok(Acknowledged { tickets, permits, stream, published, poison, events: events.len() })
 }
 
-/// Publishes until it succeeds: whatever keeps the broker from taking an event is not the event's fault. Returns the
-/// identity of the stream that took them.
+/// Publishes until it succeeds: whatever keeps the broker from taking an event is not the event's fault. Not ready
+/// meanwhile, and alive. Returns the identity of the stream that took them.
 pub(super) async fn publish_surely(
     shared: &Shared,
     events: &[Claimed],
     poison: &mut Vec<Poison>,
+    health: &Component,
 ) -> (DateTime<Utc>, Vec<Published>) {
     let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
-    let mut stream = shared.stream.clone();
     loop {
-        shared.nats.connected().await;
-        let usable = match stream.wait_for(Option::is_some).await.map(|usable| *usable) {
-            Ok(Some(usable)) => usable,
-            // The keeper has gone, so the process is about to end; what is not settled is read again.
-            _ => std::future::pending().await,
-        };
+        let usable = usable(shared, health).await;
         let limits = Limits { events: shared.config.envelope_events as usize, bytes: usable.max_body };
         let packing = pack(events, limits);
         let patience = shared.config.publish_timeout;
@@ -350,8 +353,31 @@ pub(super) async fn publish_surely(
                 counter!(names::PUBLISH_FAILURES, "reason" => error.reason()).increment(1);
                 shared.suspect_stream.notify_one();
                 tracing::warn!(%error, "could not publish what the write-ahead log says; the slot keeps it");
+                health.not_ready(format!("could not publish: {error}; the slot keeps what is in the log"));
                 tokio::time::sleep(retry.next_delay()).await;
             }
         }
+    }
+}
+
+/// Waits until broker and stream are usable.
+async fn usable(shared: &Shared, health: &Component) -> Usable {
+    let mut stream = shared.stream.clone();
+    loop {
+        let known = *stream.borrow_and_update();
+        if let Some(usable) = known.filter(|_| shared.nats.link().connected) {
+            return usable;
+        }
+        health.not_ready(
+            "NATS is not connected or the stream is not usable; the slot keeps what is in the log",
+        );
+        let wait = async {
+            shared.nats.connected().await;
+            // Without the keeper the process is about to end; what is not settled is read again.
+            if stream.wait_for(Option::is_some).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        let _ = tokio::time::timeout(SIGN_OF_LIFE, wait).await;
     }
 }

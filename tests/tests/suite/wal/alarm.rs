@@ -41,7 +41,7 @@ async fn a_slot_that_lags_because_nats_is_down_makes_the_relay_not_ready_until_i
 }
 
 /// Reads nothing of the slot and confirms nothing, as a relay that hangs, but says that it lives.
-async fn hold_slot(url: &str) -> ChangeStream {
+pub async fn hold_slot(url: &str) -> ChangeStream {
     let settings = Settings::parse(&url.parse().unwrap(), "holder").unwrap();
     let session = Session::open(&settings, SETTLED, SETTLED).await.unwrap();
     let (slot, publication) = ("outbox_relay", "outbox_relay");

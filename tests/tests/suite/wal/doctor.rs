@@ -115,3 +115,31 @@ async fn a_lost_slot_is_said_everywhere_and_accepted_while_the_outbox_goes_on() 
     eventually(SETTLED, async || pair.relay.metric("relay_wal_slot_lost").await.unwrap() < 0.5).await;
     fence(&pair).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_that_another_program_reads_is_not_taken_for_one_that_a_relay_reads() {
+    let pair = users().await;
+    let second = pair.another_relay(&[]).unwrap();
+    fence(&pair).await;
+    // Whichever of the two stands by: another relay on the slot is as it should be.
+    second.until_ready().await;
+    pair.relay.until_ready().await;
+    second.process().terminate().await.unwrap();
+    pair.relay.process().terminate().await.unwrap();
+    until_unread(&pair).await;
+    let holder = super::alarm::hold_slot(&pair.stack.postgres_url()).await;
+    let server = until_read(&pair).await;
+    assert_needs(&finding(&pair, "slot ", &[]).await, &[&format!("process {server} 'holder'"), "no relay"]);
+    let outbox = [("RELAY_SOURCE", "outbox")];
+    assert_needs(&finding(&pair, "source", &outbox).await, &["'holder'", "stop that program"]);
+
+    pair.relay.process().start().unwrap();
+    super::until_not_ready_because(&pair, &format!("read by 'holder', process {server}")).await;
+    let told =
+        || pair.relay.process().log().matches("which is no relay; the write-ahead log is not read").count();
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    assert_eq!(told(), 1, "said once, however often it is looked at");
+    drop(holder);
+    pair.relay.until_ready().await;
+    fence(&pair).await;
+}

@@ -8,7 +8,7 @@ use wal::slot::{self, ServerFacts, SlotState};
 
 use super::{Finding, finding};
 use crate::admin::slot::describe;
-use crate::capture::check_rules;
+use crate::capture::{ReadElsewhere, check_rules};
 use crate::config::{Config, Source};
 
 /// Looks at everything that capture from the log needs.
@@ -34,6 +34,12 @@ fn judge_without(config: &Config, state: Option<&SlotState>) -> Finding {
             format!("this relay does not read the write-ahead log, and slot {}", describe(name, Some(state))),
             false,
             "run a relay with --source outbox,wal, or `relay slot drop`: log is kept for it until the disk is full",
+        ),
+        Some(state) if ReadElsewhere::find(name, state).is_some() => finding(
+            "source",
+            format!("this relay does not read the write-ahead log; slot {}", describe(name, Some(state))),
+            false,
+            "the slot is read by a program that is no relay, and passes changes by: stop that program",
         ),
         Some(state) => {
             finding("source", format!("another relay reads slot {}", describe(name, Some(state))), true, "")
@@ -110,6 +116,9 @@ fn judge_lag(config: &Config, state: &SlotState) -> Vec<&'static str> {
     let mut remedies = Vec::new();
     if state.wal_status == "unreserved" {
         remedies.push("it is about to be lost: see why the relay lags, raise max_slot_wal_keep_size");
+    }
+    if ReadElsewhere::find(&config.capture.slot, state).is_some() {
+        remedies.push("the program that reads it is no relay: stop it, or choose another name in RELAY_SLOT");
     }
     if state.active_pid.is_none() {
         remedies.push("no relay reads it: see the log of the relay");
