@@ -88,6 +88,15 @@ impl Judge<'_> {
         } else if !facts.is_table {
             self.refuse(table.line, None, "is neither a table nor a partitioned table");
         }
+        if !facts.kin.is_empty() {
+            let message = format!(
+                "is bound by table inheritance to {}: a statement that names one changes rows of another, past the \
+                 triggers of that one and under its name in the write-ahead log; make them partitions, or end it with \
+                 ALTER TABLE … NO INHERIT",
+                facts.kin.join(", ")
+            );
+            self.refuse(table.line, None, message);
+        }
         for column in table.columns.iter().flatten() {
             self.column(facts, &column.value, column.line);
         }

@@ -9,7 +9,7 @@ use super::facts::{Column, Facts};
 use super::{CatalogError, Judge, invalid};
 use crate::Rules;
 use crate::table::{At, Expand, TableRules};
-use crate::triggers::{dollar_quoted, identifier, literal};
+use crate::triggers::{identifier, literal};
 
 /// Most primary keys in one run of a query.
 const RUN_KEYS: usize = 10_000;
@@ -25,6 +25,25 @@ pub(crate) fn search_path(schema: &str) -> String {
     format!("pg_catalog, {}, pg_temp", identifier(schema))
 }
 
+/// Must hold when a [`definition`] is parsed, which is before the statements in front of it in the same text are run.
+pub(crate) const BOUND_AS_WRITTEN: &str = "set local standard_conforming_strings = on";
+
+/// What must be run before a [`definition`], so that its names are looked for where they should be.
+pub(crate) fn binding(schema: &str) -> String {
+    format!("set local search_path = {}", search_path(schema))
+}
+
+/// A function of the SQL from its result on. Its names are bound when it is created: what somebody puts into the schema
+/// later, such as an operator that fits better, is not run with the rights of who applied the rules. What row-level
+/// security would hide is an error instead of nothing.
+pub(crate) fn definition(schema: &str, sql: &str) -> String {
+    format!(
+        "returns setof text language sql stable set search_path = {} set standard_conforming_strings = on \
+         set row_security = off\nbegin atomic\n{sql}\n;\nend",
+        search_path(schema)
+    )
+}
+
 /// Creates a function of the SQL, as the triggers do, in a transaction that is rolled back: Postgres then checks names,
 /// the type of the parameter and that the result is one column of text. Returns what is wrong with it.
 pub(super) async fn try_out(
@@ -38,12 +57,14 @@ pub(super) async fn try_out(
         return Ok(Err("expand is not a query".to_owned()));
     }
     let function = format!(
-        "create function pg_temp.outbox_try_expand({}[]) returns setof text language sql stable set search_path = {} as {}",
-        key.type_name,
-        search_path(&facts.schema),
-        dollar_quoted(sql)
+        "create function pg_temp.outbox_try_expand({}) {}",
+        key.array_type,
+        definition(&facts.schema, sql)
     );
     let mut tx = connection.begin().await?;
+    sqlx::raw_sql(AssertSqlSafe(format!("{BOUND_AS_WRITTEN}; {}", binding(&facts.schema))))
+        .execute(&mut *tx)
+        .await?;
     let created = sqlx::raw_sql(AssertSqlSafe(function)).execute(&mut *tx).await;
     tx.rollback().await?;
     match created {
@@ -205,7 +226,8 @@ impl Expander {
         ExpandError { place: format!("{}:{line}: table {}", self.file, self.table), source }
     }
 
-    /// The parameter has no type that a driver knows, and its values are text: SQL's own PREPARE takes both.
+    /// The parameter has no type that a driver knows, and its values are text: SQL's own PREPARE takes both. What row-level
+    /// security would hide is an error instead of nothing.
     async fn run(
         &self,
         pool: &PgPool,
@@ -216,7 +238,7 @@ impl Expander {
     ) -> Result<Vec<String>, sqlx::Error> {
         let settings = format!(
             "set local search_path = {}; set local standard_conforming_strings = on; set local jit = off; \
-             set local statement_timeout = {}",
+             set local row_security = off; set local statement_timeout = {}",
             self.search_path,
             patience.as_millis().max(1)
         );

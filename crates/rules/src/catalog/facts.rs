@@ -12,6 +12,8 @@ pub struct Facts {
     pub is_table: bool,
     /// The table it is a partition of, if it is one.
     pub partition_of: Option<String>,
+    /// Tables that inherit from it, or it from them, and are no partitions.
+    pub kin: Vec<String>,
     /// The table itself and, below it, all its partitions of every level.
     pub relations: Vec<Relation>,
     /// Its columns in order.
@@ -40,6 +42,8 @@ pub struct Column {
     pub type_name: String,
     /// The same with length and precision.
     pub full_type: String,
+    /// The type of an array of it, which needs no `search_path`.
+    pub array_type: String,
     /// Name of its type in `pg_type`; of a domain, that of the type below it.
     pub base_type: String,
     /// Whether the type is an enum.
@@ -96,6 +100,11 @@ impl Column {
             )
     }
 
+    /// Whether its text may be that of floating-point numbers: of arrays, composite and geometric types it is not known.
+    pub(crate) fn may_have_floats(&self) -> bool {
+        !self.is_compared_as_it_is() && !self.can_be_in_a_key()
+    }
+
     /// Whether `=` tells apart what the text tells apart.
     pub(crate) fn is_compared_as_it_is(&self) -> bool {
         TYPES_COMPARED_AS_THEY_ARE.contains(&self.base_type.as_str())
@@ -143,6 +152,7 @@ pub(super) async fn load(
         name: name.to_owned(),
         is_table: row.try_get(1)?,
         partition_of: row.try_get(2)?,
+        kin: kin(connection, oid).await?,
         relations: relations(connection, oid).await?,
         columns: columns(connection, oid).await?,
         primary_key: primary_key(connection, oid).await?,
@@ -185,6 +195,18 @@ async fn relations(connection: &mut PgConnection, oid: i64) -> Result<Vec<Relati
     rows.iter().map(read).collect()
 }
 
+async fn kin(connection: &mut PgConnection, oid: i64) -> Result<Vec<String>, sqlx::Error> {
+    sqlx::query_scalar(
+        "select case i.inhparent when $1::int8::oid then i.inhrelid else i.inhparent end::regclass::text
+         from pg_inherits i join pg_class c on c.oid = i.inhrelid and not c.relispartition
+         where $1::int8::oid in (i.inhparent, i.inhrelid) order by 1",
+    )
+    .persistent(false)
+    .bind(oid)
+    .fetch_all(connection)
+    .await
+}
+
 async fn columns(connection: &mut PgConnection, oid: i64) -> Result<Vec<Column>, sqlx::Error> {
     let rows = sqlx::query(
         "with recursive base (attnum, typid) as (
@@ -192,7 +214,9 @@ async fn columns(connection: &mut PgConnection, oid: i64) -> Result<Vec<Column>,
             union all
             select base.attnum, t.typbasetype from base join pg_type t on t.oid = base.typid where t.typtype = 'd')
          select a.attname::text, format_type(a.atttypid, null), format_type(a.atttypid, a.atttypmod), t.typname::text,
-            t.typtype = 'e', a.attgenerated <> ''
+            t.typtype = 'e', a.attgenerated <> '',
+            coalesce((select format('%I.%I', n.nspname, l.typname) from pg_type e join pg_type l on l.oid = e.typarray
+                join pg_namespace n on n.oid = l.typnamespace where e.oid = a.atttypid), '')
          from base join pg_type t on t.oid = base.typid and t.typtype <> 'd'
          join pg_attribute a on a.attrelid = $1::int8::oid and a.attnum = base.attnum
          order by a.attnum",
@@ -209,6 +233,7 @@ async fn columns(connection: &mut PgConnection, oid: i64) -> Result<Vec<Column>,
             base_type: row.try_get(3)?,
             is_enum: row.try_get(4)?,
             is_generated: row.try_get(5)?,
+            array_type: row.try_get(6)?,
         })
     };
     rows.iter().map(read).collect()

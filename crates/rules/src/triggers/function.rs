@@ -7,8 +7,8 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::expression::{comparable, condition, key, may_be_refused, text_of};
 use super::{PREFIX, dollar_quoted, identifier, literal};
 use crate::PINNED_SETTINGS;
-use crate::catalog::Facts;
-use crate::catalog::expand::search_path;
+use crate::catalog::expand::definition;
+use crate::catalog::{Column, Facts};
 use crate::table::TableRules;
 
 /// Most keys in one event: a statement that changes 100,000 rows enqueues about 100.
@@ -37,6 +37,8 @@ pub struct Function {
     pub comment: String,
     /// The trigger, if the function is one of a trigger.
     pub trigger: Option<Trigger>,
+    /// The schema whose tables its names are bound to when it is created, if they are.
+    pub bound_in: Option<String>,
 }
 
 /// What a trigger reacts to.
@@ -97,7 +99,7 @@ pub fn functions(table: &TableRules, facts: &Facts) -> Vec<Function> {
     let mut expands = Vec::new();
     if let Some(column) = facts.single_key() {
         for (nth, expand) in table.expand.iter().enumerate() {
-            let function = generator.expand(nth + 1, &column.type_name, &expand.sql.value);
+            let function = generator.expand(nth + 1, column, &expand.sql.value);
             expands.push(function.name.clone());
             functions.push(function);
         }
@@ -128,33 +130,26 @@ impl Generator<'_> {
         format!("{PREFIX}{readable}_{hash}_{what}")
     }
 
-    fn function(
-        &self,
-        what: &str,
-        arguments: String,
-        head: &str,
-        body: &str,
-        trigger: Option<Trigger>,
-    ) -> Function {
+    fn function(&self, what: &str, arguments: String, rest: &str, trigger: Option<Trigger>) -> Function {
         let name = self.name(what);
-        let definition = format!(
-            "create or replace function outbox.{}({arguments}) {head} as {}",
-            identifier(&name),
-            dollar_quoted(body)
-        );
+        let definition =
+            format!("create or replace function outbox.{}({arguments}) {rest}", identifier(&name));
         let hash = xxh3_64(definition.as_bytes());
         let comment = format!("Capture of {}, made by relay rules; {hash:016x}", self.table.qualified_name());
-        Function { name, arguments, definition, comment, trigger }
+        Function { name, arguments, definition, comment, trigger, bound_in: None }
     }
 
     /// A function for the user's SQL, so that `$1` is the array of keys.
-    fn expand(&self, nth: usize, key_type: &str, sql: &str) -> Function {
-        let head = format!(
-            "returns setof text language sql stable set search_path = {} \
-             set standard_conforming_strings = on",
-            search_path(&self.table.schema)
-        );
-        self.function(&format!("expand_{nth}"), format!("{key_type}[]"), &head, sql, None)
+    fn expand(&self, nth: usize, key: &Column, sql: &str) -> Function {
+        let schema = &self.table.schema;
+        let rest = definition(schema, sql);
+        let function = self.function(&format!("expand_{nth}"), key.array_type.clone(), &rest, None);
+        Function { bound_in: Some(schema.clone()), ..function }
+    }
+
+    fn of_trigger(&self, trigger: Trigger, body: &str) -> Function {
+        let rest = format!("{} as {}", self.head(), dollar_quoted(body));
+        self.function(trigger.word(), String::new(), &rest, Some(trigger))
     }
 
     fn truncate(&self) -> Function {
@@ -166,7 +161,7 @@ impl Generator<'_> {
             literal(self.table.topic.as_str()),
             namespaces.join(", ")
         );
-        self.function("truncate", String::new(), &self.head(), &body, Some(Trigger::Truncate))
+        self.of_trigger(Trigger::Truncate, &body)
     }
 
     /// Owned by who may write the outbox, so that writers of the table need no right on it. No plan is compiled just in
@@ -175,8 +170,8 @@ impl Generator<'_> {
         let mut head =
             "returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp set jit = off"
                 .to_owned();
-        // Floats are compared by their texts, which must tell apart what differs, whatever the writer has set.
-        if self.facts.columns.iter().any(|column| column.base_type.starts_with("float")) {
+        // What has floats in it is compared by its text, which must tell apart what differs, whatever the writer has set.
+        if self.compared().iter().any(|column| column.may_have_floats()) {
             head.push_str(" set extra_float_digits = 1");
         }
         let needed = self.table.needed_columns();
@@ -227,7 +222,7 @@ impl Generator<'_> {
     return null;
 end\n"
         );
-        self.function(trigger.word(), String::new(), &self.head(), &body, Some(trigger))
+        self.of_trigger(trigger, &body)
     }
 
     /// The statement that puts the distinct keys of all changed rows into `keys`.
@@ -319,19 +314,23 @@ end\n"
         columns
     }
 
-    /// Of an UPDATE only images that differ between old and new in a column that counts. The images of a row cannot be
-    /// joined, since nothing need identify it; instead equal images cancel each other out. What remains is right: where
-    /// every image has its equal, the table holds what it held, as far as the rules look. The primary key, if there is one,
-    /// is part of the image, so that rows that trade their values are not taken for unchanged.
-    fn changed_images(&self, with_primary_key: bool) -> String {
+    /// Columns by which images are told apart.
+    fn compared(&self) -> Vec<&Column> {
         let compared: BTreeSet<&str> = self
             .table
             .compared_columns()
             .into_iter()
             .chain(self.facts.primary_key.iter().map(String::as_str))
             .collect();
-        let columns: Vec<_> =
-            self.facts.columns.iter().filter(|column| compared.contains(column.name.as_str())).collect();
+        self.facts.columns.iter().filter(|column| compared.contains(column.name.as_str())).collect()
+    }
+
+    /// Of an UPDATE only images that differ between old and new in a column that counts. The images of a row cannot be
+    /// joined, since nothing need identify it; instead equal images cancel each other out. What remains is right: where
+    /// every image has its equal, the table holds what it held, as far as the rules look. The primary key, if there is one,
+    /// is part of the image, so that rows that trade their values are not taken for unchanged.
+    fn changed_images(&self, with_primary_key: bool) -> String {
+        let columns = self.compared();
         let mut names: Vec<String> = columns.iter().map(|column| identifier(&column.name)).collect();
         let mut values: Vec<String> = columns
             .iter()

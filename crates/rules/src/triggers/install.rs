@@ -10,6 +10,7 @@ use super::function::{Function, Trigger, functions};
 use super::{identifier, literal};
 use crate::Rules;
 use crate::catalog::Facts;
+use crate::catalog::expand::{BOUND_AS_WRITTEN, binding};
 use crate::table::TableRules;
 
 /// One change of the database.
@@ -67,7 +68,7 @@ pub async fn removal(connection: &mut PgConnection) -> Result<Plan, sqlx::Error>
 /// Every statement that installs the triggers in a database that has none.
 #[must_use]
 pub fn script(rules: &Rules, facts: &[Facts]) -> String {
-    let mut script = "begin;\n".to_owned();
+    let mut script = format!("begin;\n{BOUND_AS_WRITTEN};\n");
     for step in differences(&Installed::default(), rules.tables(), facts).steps {
         let _ = write!(script, "\n-- {}\n{};\n", step.what, step.sql);
     }
@@ -86,7 +87,7 @@ pub async fn apply(
     lock_timeout: Duration,
 ) -> Result<(), sqlx::Error> {
     let begin = format!(
-        "set local lock_timeout = {}; select pg_advisory_xact_lock({APPLY_LOCK})",
+        "{BOUND_AS_WRITTEN}; set local lock_timeout = {}; select pg_advisory_xact_lock({APPLY_LOCK})",
         lock_timeout.as_millis().max(1)
     );
     sqlx::raw_sql(AssertSqlSafe(begin)).execute(&mut *transaction).await?;
@@ -153,7 +154,7 @@ impl Plan {
     }
 
     fn function(&mut self, installed: &Installed, function: &Function) {
-        let Function { name, arguments, definition, comment, .. } = function;
+        let Function { name, arguments, definition, comment, bound_in, .. } = function;
         let known = installed
             .functions
             .get(name)
@@ -164,10 +165,14 @@ impl Plan {
             None => "create",
         };
         let signature = format!("outbox.{}({arguments})", identifier(name));
+        let (before, after) = match bound_in {
+            Some(schema) => (format!("{};\n", binding(schema)), ";\nset local search_path to default"),
+            None => (String::new(), ""),
+        };
         self.step(
             format!("{verb} function outbox.{name}"),
             format!(
-                "{definition};\nrevoke all on function {signature} from public;\ncomment on function {signature} is {}",
+                "{before}{definition}{after};\nrevoke all on function {signature} from public;\ncomment on function {signature} is {}",
                 literal(comment)
             ),
         );
@@ -177,7 +182,11 @@ impl Plan {
 async fn installed(connection: &mut PgConnection) -> Result<Installed, sqlx::Error> {
     let mut installed = Installed::default();
     let functions = sqlx::query(
-        "select p.proname::text, pg_get_function_identity_arguments(p.oid), coalesce(obj_description(p.oid, 'pg_proc'), '')
+        "select p.proname::text, coalesce((
+            select string_agg(format('%I.%I', n.nspname, t.typname), ', ' order by a.nth)
+            from unnest(p.proargtypes) with ordinality a (type, nth) join pg_type t on t.oid = a.type
+            join pg_namespace n on n.oid = t.typnamespace), ''),
+            coalesce(obj_description(p.oid, 'pg_proc'), '')
          from pg_proc p where p.pronamespace = to_regnamespace('outbox') and p.proname like 'outbox\\_capture\\_%'",
     )
     .persistent(false)

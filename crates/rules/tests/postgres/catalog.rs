@@ -85,6 +85,26 @@ async fn a_partition_is_refused_in_favour_of_its_root() {
 }
 
 #[tokio::test]
+async fn table_inheritance_is_refused_from_either_side() {
+    let bed = Bed::new(
+        "create table cities (id int); create schema far; create table far.capitals (state text) inherits (cities);
+         create table ports () inherits (cities); create table alone (id int)",
+    )
+    .await;
+    let rules =
+        |name: &str| format!("[[table]]\nname = '{name}'\nkeys = ['city:{{id}}']\non_truncate = 'ignore'");
+    let problems = bed.problems(&rules("cities")).await;
+    let expected =
+        "rules.toml:2: table public.cities: is bound by table inheritance to far.capitals, ports: ";
+    assert!(problems[0].starts_with(expected), "{problems:?}");
+    let problems = bed.problems(&rules("far.capitals")).await;
+    assert!(problems[0].contains("is bound by table inheritance to cities: "), "{problems:?}");
+    bed.install(&rules("alone")).await;
+    bed.run("alter table far.capitals no inherit cities; alter table ports no inherit cities").await;
+    bed.install(&rules("cities")).await;
+}
+
+#[tokio::test]
 async fn the_log_must_carry_the_old_value_of_every_column_a_key_needs() {
     let bed = Bed::new(USERS).await;
     let rules = parse(RULES);

@@ -5,6 +5,7 @@
 mod bed;
 mod capture;
 mod catalog;
+mod expand;
 mod install;
 mod partitions;
 mod traps;

@@ -143,18 +143,31 @@ async fn what_a_row_holds_never_makes_its_writer_fail() {
 }
 
 #[tokio::test]
-async fn floats_that_differ_are_changes_whatever_the_writer_has_set() {
-    let schema = "create table prices (id int primary key, price float8); insert into prices values (1, 0.1)";
-    let rules = r#"
-        [[table]]
-        name = "prices"
-        columns = ["price"]
-        keys = ["price:{id}"]
-        on_truncate = "ignore"
-    "#;
-    let bed = Bed::watched(schema, rules).await;
-    let update = "set extra_float_digits = -10; update prices set price = 0.1000000000000001";
-    assert_eq!(bed.keys(update).await, ["price:1"]);
+async fn floats_that_differ_are_changes_whatever_the_writer_has_set_and_whatever_they_are_in() {
+    let schema = "create type spot as (at float8); create domain price as float8; create domain prices as float8[];
+        create table goods (id int primary key, one float8, many float8[], part spot, shape point, tame price, herd prices,
+            kept range_of);
+        insert into goods values (1, 0.1, '{0.1}', '(0.1)', '(0.1,0)', 0.1, '{0.1}', '[0.1,1)')";
+    let bed = Bed::new("create type range_of as range (subtype = float8)").await;
+    bed.run(schema).await;
+    for (column, value) in [
+        ("one", "0.1000000000000001"),
+        ("many", "{0.1000000000000001}"),
+        ("part", "(0.1000000000000001)"),
+        ("shape", "(0.1000000000000001,0)"),
+        ("tame", "0.1000000000000001"),
+        ("herd", "{0.1000000000000001}"),
+        ("kept", "[0.1000000000000001,1)"),
+    ] {
+        let rules = format!(
+            "[[table]]\nname = 'goods'\ncolumns = ['{column}']\nkeys = ['goods:{{id}}']\non_truncate = 'ignore'"
+        );
+        bed.install(&rules).await;
+        let update = format!(
+            "set extra_float_digits = 0; update goods set {column} = '{value}'; reset extra_float_digits"
+        );
+        assert_eq!(bed.keys(&update).await, ["goods:1"], "{column}");
+    }
 }
 
 #[tokio::test]
