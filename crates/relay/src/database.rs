@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use chrono::Utc;
 use outbox::SchemaState;
-use service::{Backoff, SecretUrl};
+use service::{Backoff, SecretUrl, UsageError};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{Connection, PgConnection, PgPool};
 use tokio::time::{Instant, timeout};
@@ -79,7 +79,7 @@ pub enum DatabaseError {
         url: SecretUrl,
         /// What is wrong.
         #[source]
-        source: sqlx::Error,
+        source: UsageError,
     },
     /// The server refuses the role, its password or the database.
     #[error("Postgres at {url} refuses the connection; check user, password and database in DATABASE_URL")]
@@ -122,7 +122,7 @@ pub enum DatabaseError {
 /// [`DatabaseError`].
 pub async fn connect(url: &SecretUrl, connections: u32, patience: Duration) -> Result<PgPool, DatabaseError> {
     let options = PgConnectOptions::from_str(url.expose())
-        .map_err(|source| DatabaseError::Url { url: url.clone(), source })?
+        .map_err(|error| DatabaseError::Url { url: url.clone(), source: UsageError::of(&error) })?
         .application_name(APPLICATION_NAME);
     let started = Instant::now();
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));

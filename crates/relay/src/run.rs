@@ -122,9 +122,12 @@ fn prepare_capture(config: &Config) -> anyhow::Result<(Arc<Rules>, Settings)> {
         let missing = "RELAY_RULES (--rules) is not set; --source wal needs the rules file";
         return Err(UsageError(missing.to_owned()).into());
     };
-    let rules = Arc::new(Rules::load(file)?);
-    wal::check_name(&config.capture.slot)?;
-    wal::check_name(&config.capture.publication)?;
+    let rules = Arc::new(Rules::load(file).map_err(|error| UsageError::of(&error))?);
+    let check_name = |option: &str, name: &str| {
+        wal::check_name(name).map_err(|error| UsageError(format!("{option}: {error}")))
+    };
+    check_name("RELAY_SLOT (--slot)", &config.capture.slot)?;
+    check_name("RELAY_PUBLICATION (--publication)", &config.capture.publication)?;
     let settings = Settings::parse(config.database_url()?, capture::APPLICATION_NAME)?;
     Ok((rules, settings))
 }

@@ -7,6 +7,7 @@ use serde_json::json;
 use crate::{
     Shutdown, failpoint,
     logs::{self, LogFormat, LogOptions},
+    nats::NatsError,
     parse_duration,
 };
 
@@ -39,6 +40,14 @@ pub struct UsageError(
     pub String,
 );
 
+impl UsageError {
+    /// The error and its causes, which all lie with the configuration.
+    #[must_use]
+    pub fn of(error: &(dyn Error + 'static)) -> Self {
+        Self(one_line(error))
+    }
+}
+
 /// What a binary tells about itself.
 #[derive(Debug, Clone, Copy)]
 pub struct Boot {
@@ -48,33 +57,31 @@ pub struct Boot {
     pub failpoints: &'static [&'static str],
 }
 
-type BoxError = Box<dyn Error + Send + Sync>;
-
 impl Boot {
     /// Sets up logs, failpoints, the Tokio runtime and signals, runs the command, and turns its result into an exit
-    /// code: 0, 2 if a [`UsageError`] is in the chain of causes, otherwise 1.
+    /// code: 0, 2 if a [`UsageError`] or another fault of the configuration is in the chain of causes, otherwise 1.
     ///
     /// The error is printed once, with its causes, on one line of standard error.
     pub fn run<F, R, E>(self, options: &ServiceOptions, command: F) -> ExitCode
     where
         F: FnOnce(Shutdown) -> R,
         R: Future<Output = Result<(), E>>,
-        E: Into<BoxError>,
+        E: Into<anyhow::Error>,
     {
         match self.try_run(&options.log, command) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                self.print(options.log.log_format, &one_line(&*error));
-                exit_code(&*error)
+                self.print(options.log.log_format, &one_line(error.as_ref()));
+                exit_code(error.as_ref())
             }
         }
     }
 
-    fn try_run<F, R, E>(self, log: &LogOptions, command: F) -> Result<(), BoxError>
+    fn try_run<F, R, E>(self, log: &LogOptions, command: F) -> anyhow::Result<()>
     where
         F: FnOnce(Shutdown) -> R,
         R: Future<Output = Result<(), E>>,
-        E: Into<BoxError>,
+        E: Into<anyhow::Error>,
     {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().enable_all().thread_name(self.name).build()?;
@@ -124,9 +131,13 @@ pub fn one_line(error: &(dyn Error + 'static)) -> String {
 }
 
 fn exit_code(error: &(dyn Error + 'static)) -> ExitCode {
-    let is_usage =
-        |cause: &(dyn Error + 'static)| cause.is::<UsageError>() || cause.is::<failpoint::FailpointError>();
     if causes(error).any(is_usage) { ExitCode::from(EXIT_USAGE) } else { ExitCode::FAILURE }
+}
+
+fn is_usage(cause: &(dyn Error + 'static)) -> bool {
+    cause.is::<UsageError>()
+        || cause.is::<failpoint::FailpointError>()
+        || cause.downcast_ref::<NatsError>().is_some_and(NatsError::is_usage)
 }
 
 #[cfg(test)]
@@ -137,7 +148,7 @@ mod tests {
 
     #[derive(Debug, thiserror::Error)]
     #[error("cannot reach the broker")]
-    struct Unreachable(#[source] BoxError);
+    struct Unreachable(#[source] Box<dyn Error + Send + Sync>);
 
     #[test]
     fn an_error_and_its_causes_are_one_line_without_repetition() {
@@ -150,6 +161,8 @@ mod tests {
     fn a_usage_error_anywhere_in_the_chain_exits_with_two() {
         let usage = Unreachable(UsageError("--topic is empty".to_owned()).into());
         assert_eq!(exit_code(&usage), ExitCode::from(2));
+        let usage = anyhow::Error::from(usage).context("cannot start");
+        assert_eq!(exit_code(usage.as_ref()), ExitCode::from(2));
         assert_eq!(exit_code(&Unreachable(io::Error::other("down").into())), ExitCode::FAILURE);
     }
 }

@@ -73,6 +73,14 @@ pub enum NatsError {
     },
 }
 
+impl NatsError {
+    /// Whether the options are at fault, whatever the world is like.
+    #[must_use]
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::Url { .. } | Self::Credentials(_))
+    }
+}
+
 /// A connection that reconnects by itself; clones share it.
 #[derive(Debug, Clone)]
 pub struct Nats {

@@ -6,7 +6,6 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 use std::{
-    error::Error,
     io::{BufRead, BufReader, Read},
     os::unix::process::ExitStatusExt,
     process::{Child, Command, ExitCode, ExitStatus, Stdio},
@@ -38,13 +37,13 @@ fn daemon() {
     std::process::exit(code);
 }
 
-async fn run(ending: String, shutdown: Shutdown) -> Result<(), Box<dyn Error + Send + Sync>> {
+async fn run(ending: String, shutdown: Shutdown) -> anyhow::Result<()> {
     for _ in 0..2 {
         tracing::info_span!("starting").in_scope(|| tracing::info!("started"));
         failpoint::hit("daemon.started").await;
     }
     match ending.as_str() {
-        "fail" => Err("the broker is gone".into()),
+        "fail" => Err(anyhow::anyhow!("the broker is gone")),
         "misuse" => Err(UsageError("TOPIC is empty".to_owned()).into()),
         _ => {
             tracing::info!("waiting");

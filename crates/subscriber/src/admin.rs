@@ -48,7 +48,7 @@ pub async fn execute(command: Command, config: &Config) -> anyhow::Result<()> {
         println!("{}", service::http::ask_ready(config.http_addr).await?);
         return Ok(());
     }
-    let redis = Redis::new(config.redis())?;
+    let redis = config.connect_redis()?;
     let nats = Nats::connect(&config.nats, "subscriber-admin", config.startup_timeout.min(PATIENCE)).await?;
     let jetstream = broker::jetstream(&nats);
     let stream = broker::stream(&jetstream).await;

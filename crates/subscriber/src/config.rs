@@ -2,7 +2,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use cache::{RedisConfig, RedisTls};
+use cache::{Redis, RedisConfig, RedisTls};
 use event::{InvalidTopic, Topic};
 use service::nats::NatsOptions;
 use service::{SecretUrl, ServiceOptions, UsageError, parse_duration};
@@ -141,6 +141,16 @@ impl Config {
             return Err(UsageError("SUBSCRIBER_ACK_WAIT (--ack-wait) is below 1s".to_owned()));
         }
         Ok(())
+    }
+
+    /// Prepares the connection to Redis, without making it.
+    ///
+    /// # Errors
+    /// [`UsageError`] naming what cannot be used.
+    pub fn connect_redis(&self) -> Result<Redis, UsageError> {
+        Redis::new(self.redis()).map_err(|error| {
+            UsageError(format!("REDIS_URL (--redis-url) cannot be used: {}", service::one_line(&error)))
+        })
     }
 
     /// Options of the connection to Redis.

@@ -9,7 +9,7 @@ mod envelope;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use async_nats::jetstream::consumer::pull::{self, MessagesErrorKind};
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer};
 use async_nats::jetstream::{self, AckKind, Message};
@@ -74,16 +74,17 @@ pub async fn prepare(
                 .to_owned(),
         )
     })?;
-    let rules = Rules::load(file)?;
+    let rules = Rules::load(file).map_err(|error| UsageError::of(&error))?;
     for table in rules.tables() {
         if let Some(expand) = table.expand.first() {
-            bail!(
+            let unusable = format!(
                 "{}:{}: table {}: expand asks the database, which the subscriber does not know; remove it, or capture \
                  with the relay",
                 rules.file(),
                 expand.sql.line,
                 table.qualified_name()
             );
+            return Err(UsageError(unusable).into());
         }
     }
     let stream = jetstream.get_stream(stream_name).await.with_context(|| {

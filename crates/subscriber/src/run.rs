@@ -25,7 +25,7 @@ const DEAD_AFTER: Duration = Duration::from_mins(10);
 /// What is wrong with the configuration or the surroundings at the start, naming what to fix. Other trouble is waited out.
 pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     config.check()?;
-    let redis = Redis::new(config.redis()).context("REDIS_URL (--redis-url) cannot be used")?;
+    let redis = config.connect_redis()?;
     refuse_wrong_credentials(&redis)
         .await
         .with_context(|| format!("REDIS_URL (--redis-url) {} cannot be used", config.redis_url))?;

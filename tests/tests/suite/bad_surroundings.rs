@@ -9,6 +9,9 @@ use tests::program;
 /// Variables that are wrong, and the words that the error must have.
 type Case<'a> = (&'a [(&'a str, &'a str)], &'a [&'a str]);
 
+/// Program, arguments, variables that are wrong, and the exit code.
+type Attempt<'a> = (&'a str, &'a [&'a str], &'a [(&'a str, &'a str)], i32);
+
 struct Scene {
     stack: Stack,
 }
@@ -92,6 +95,37 @@ async fn subscriber_names_what_is_wrong_with_its_surroundings() {
             assert!(error.contains(word), "{wrong:?} gave: {error}");
         }
         assert!(!error.contains("hunter"), "a password is printed: {error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_configuration_exits_with_two_and_a_bad_world_with_one() {
+    let scene = Scene::start().await;
+    let rules = scene.stack.directory().path().join("broken.toml").display().to_string();
+    std::fs::write(&rules, "[[table]]\nnam = 1\n").unwrap();
+    let cases: [Attempt<'_>; 17] = [
+        ("relay", &[], &[("DATABASE_URL", "")], 2),
+        ("relay", &["status"], &[("DATABASE_URL", "")], 2),
+        ("relay", &[], &[("DATABASE_URL", "postgres://db:port/x")], 2),
+        ("relay", &[], &[("RELAY_SOURCE", "wal")], 2),
+        ("relay", &["--source", "wal"], &[("RELAY_RULES", &rules)], 2),
+        ("relay", &["--source", "wal"], &[("RELAY_RULES", "/nowhere.toml")], 2),
+        ("relay", &[], &[("NATS_URL", "nats://a b")], 2),
+        ("relay", &[], &[("NATS_CREDS", "/nowhere.creds")], 2),
+        ("relay", &["--no-such-option"], &[], 2),
+        ("relay", &[], &[("DATABASE_URL", "postgres://app@127.0.0.1:1/x")], 1),
+        ("relay", &[], &[("NATS_URL", "nats://127.0.0.1:1")], 1),
+        ("subscriber", &[], &[("SUBSCRIBER_GAP_POLICY", "flush")], 2),
+        ("subscriber", &[], &[("REDIS_URL", "http://127.0.0.1")], 2),
+        ("subscriber", &["status"], &[("REDIS_URL", "http://127.0.0.1")], 2),
+        ("subscriber", &[], &[("REDIS_CA", "/nowhere.pem"), ("REDIS_URL", "rediss://127.0.0.1")], 2),
+        ("subscriber", &[], &[("NATS_URL", "nats://a b")], 2),
+        ("subscriber", &[], &[("NATS_URL", "nats://127.0.0.1:1")], 1),
+    ];
+    for (name, arguments, wrong, code) in cases {
+        let output = scene.run(name, arguments, wrong).await;
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{name} {arguments:?} {wrong:?}: {error}");
     }
 }
 
