@@ -1,12 +1,14 @@
 //! Capture by triggers: for every watched table statement-level triggers that put the keys of changed rows into the
 //! outbox, in the writer's own transaction.
 
+mod apply;
 mod expression;
 mod function;
 mod install;
 
+pub use apply::{ApplyError, apply, apply_in_parts, lock};
 pub use function::{Function, KEYS_PER_EVENT, Trigger, functions};
-pub use install::{Plan, Step, apply, plan, removal, script};
+pub use install::{Plan, Step, plan, removal, script};
 
 /// All names of ours begin so.
 pub const PREFIX: &str = "outbox_capture_";

@@ -3,7 +3,10 @@
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
-use tests::{Pair, program};
+use std::time::Duration;
+
+use devstack::eventually;
+use tests::{Pair, SETTLED, program};
 
 const RULES: &str = r#"
 [[table]]
@@ -129,6 +132,42 @@ async fn operator_can_try_rules_before_anything_depends_on_them() {
             .contains("create or replace trigger outbox_capture_update after update")
     );
     assert!(watched.fail(&["rules", "check", "--wal"]).await.contains("REPLICA IDENTITY FULL"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_apply_does_is_planned_while_nobody_else_changes_triggers() {
+    let watched = Watched::start().await;
+    let pool = &watched.pair.pool;
+    let mut other = pool.begin().await.unwrap();
+    rules::triggers::lock(&mut other, SETTLED).await.unwrap();
+    for command in [&["rules", "apply"][..], &["rules", "remove"], &["rules", "explain", "truncate users"]] {
+        let refused = watched.fail(&[command, &["--lock-timeout", "100ms"]].concat()).await;
+        assert!(refused.contains("another `relay rules` may be changing the triggers"), "{refused}");
+    }
+    let apply = ["rules", "apply", "--lock-timeout", "60s"];
+    let (applied, ()) = tokio::join!(watched.ask(&apply), async {
+        let waiting = "select count(*) from pg_locks where locktype = 'advisory' and not granted";
+        eventually(SETTLED, async || {
+            sqlx::query_scalar::<_, i64>(waiting).fetch_one(pool).await.unwrap() == 1
+        })
+        .await;
+        // What it finds when it is its turn.
+        watched.sql("drop table users; create table users (id int, tenant_id int, name text, email text) partition by list (id);
+            create table users_1 partition of users default").await;
+        other.rollback().await.unwrap();
+    });
+    assert!(applied.contains("create trigger outbox_capture_update on public.users_1"), "{applied}");
+    assert!(watched.ask(&["rules", "check"]).await.contains("installed and current"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn explain_gives_up_on_a_statement_that_takes_too_long() {
+    let watched = Watched::start().await;
+    let endless = "update users set name = pg_sleep(600)::text";
+    let limit = Duration::from_secs(60);
+    let explain = ["rules", "explain", endless, "--statement-timeout", "200ms"];
+    let error = tokio::time::timeout(limit, watched.fail(&explain)).await.unwrap();
+    assert!(error.contains("--statement-timeout") && error.contains("statement timeout"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

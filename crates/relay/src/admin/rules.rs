@@ -23,27 +23,31 @@ pub enum RulesCommand {
     },
     /// Print the keys that a changed row would invalidate; needs no database
     Test(Trial),
-    /// Run a statement in a transaction that is rolled back, and print what it would invalidate
+    /// Run a statement in a transaction that is rolled back, and print what it would invalidate; writers of its rows wait
+    /// meanwhile, and writers of every watched table whose triggers are not installed
     Explain {
         /// SELECT, INSERT, UPDATE, DELETE, TRUNCATE, MERGE or WITH
         statement: String,
         /// How long to wait for locks of others
         #[arg(long, default_value = "2s", value_parser = parse_duration)]
         lock_timeout: Duration,
+        /// How long the statement may take
+        #[arg(long, default_value = "10s", value_parser = parse_duration)]
+        statement_timeout: Duration,
     },
     /// List tables and columns that no rule watches
     Coverage,
     /// Print the SQL that installs the triggers
     Sql,
-    /// Install, update and remove triggers until they are what the rules say
+    /// Install, update and remove triggers until they are what the rules say, table by table
     Apply {
-        /// How long to wait for locks of others; writers of the table wait as long
+        /// How long to wait for the lock of each table; its writers wait as long
         #[arg(long, default_value = "5s", value_parser = parse_duration)]
         lock_timeout: Duration,
     },
-    /// Remove every trigger that was installed; needs no rules file
+    /// Remove every trigger that was installed, table by table; needs no rules file
     Remove {
-        /// How long to wait for locks of others; writers of the tables wait as long
+        /// How long to wait for the lock of each table; its writers wait as long
         #[arg(long, default_value = "5s", value_parser = parse_duration)]
         lock_timeout: Duration,
     },
@@ -63,8 +67,11 @@ pub struct Trial {
     new: Option<String>,
 }
 
-/// Said when the triggers could not be brought to what they should be.
-const UNCHANGED: &str = "nothing has changed; if a table was busy, try again or raise --lock-timeout";
+/// Said when something was in the way for longer than allowed.
+const BUSY: &str = "if a table was busy, run the command again, perhaps with a longer --lock-timeout";
+
+/// Said when two operators change triggers at the same time.
+const NOT_ALONE: &str = "cannot begin: another `relay rules` may be changing the triggers";
 
 /// Statements that `explain` runs: none that could end the transaction it rolls back.
 const EXPLAINABLE: [&str; 7] = ["insert", "update", "delete", "truncate", "merge", "with", "select"];
@@ -74,6 +81,13 @@ pub(super) async fn execute(pool: &PgPool, command: RulesCommand, config: &Confi
         return remove(pool, lock_timeout).await;
     }
     let rules = load(config)?;
+    match command {
+        RulesCommand::Apply { lock_timeout } => return apply(pool, &rules, lock_timeout).await,
+        RulesCommand::Explain { statement, lock_timeout, statement_timeout } => {
+            return explain(pool, &rules, &statement, lock_timeout, statement_timeout).await;
+        }
+        _ => {}
+    }
     let mut connection = pool.acquire().await?;
     let facts = catalog::check(&mut connection, &rules).await?;
     match command {
@@ -98,16 +112,15 @@ pub(super) async fn execute(pool: &PgPool, command: RulesCommand, config: &Confi
             }
             Ok(())
         }
-        RulesCommand::Test(_) | RulesCommand::Remove { .. } => unreachable!("need no rules or no database"),
-        RulesCommand::Explain { statement, lock_timeout } => {
-            explain(pool, &rules, &facts, &statement, lock_timeout).await
-        }
+        RulesCommand::Test(_)
+        | RulesCommand::Remove { .. }
+        | RulesCommand::Apply { .. }
+        | RulesCommand::Explain { .. } => unreachable!("handled before"),
         RulesCommand::Coverage => print_coverage(&mut connection, &rules, &facts).await,
         RulesCommand::Sql => {
             print!("{}", triggers::script(&rules, &facts));
             Ok(())
         }
-        RulesCommand::Apply { lock_timeout } => apply(pool, &rules, &facts, lock_timeout).await,
     }
 }
 
@@ -159,22 +172,27 @@ fn as_image(image: Option<&JsonImage>) -> Option<&dyn Image> {
     image.map(|image| image as &dyn Image)
 }
 
-async fn apply(pool: &PgPool, rules: &Rules, facts: &[Facts], lock_timeout: Duration) -> anyhow::Result<()> {
-    let mut tx = pool.begin().await?;
-    let plan = triggers::plan(&mut tx, rules, facts).await?;
-    triggers::apply(&mut tx, &plan, lock_timeout).await.context(UNCHANGED)?;
-    tx.commit().await?;
+async fn apply(pool: &PgPool, rules: &Rules, lock_timeout: Duration) -> anyhow::Result<()> {
+    let mut alone = pool.begin().await?;
+    triggers::lock(&mut alone, lock_timeout).await.context(NOT_ALONE)?;
+    let mut connection = pool.acquire().await?;
+    let facts = catalog::check(&mut connection, rules).await?;
+    let plan = triggers::plan(&mut connection, rules, &facts).await?;
+    triggers::apply_in_parts(&mut connection, &plan, lock_timeout).await.context(BUSY)?;
+    alone.rollback().await?;
     print_steps(&plan);
-    warn_of_foreign_partitions(facts);
+    warn_of_foreign_partitions(&facts);
     println!("the triggers are what the rules say; {} changes were made", plan.steps.len());
     Ok(())
 }
 
 async fn remove(pool: &PgPool, lock_timeout: Duration) -> anyhow::Result<()> {
-    let mut tx = pool.begin().await?;
-    let plan = triggers::removal(&mut tx).await?;
-    triggers::apply(&mut tx, &plan, lock_timeout).await.context(UNCHANGED)?;
-    tx.commit().await?;
+    let mut alone = pool.begin().await?;
+    triggers::lock(&mut alone, lock_timeout).await.context(NOT_ALONE)?;
+    let mut connection = pool.acquire().await?;
+    let plan = triggers::removal(&mut connection).await?;
+    triggers::apply_in_parts(&mut connection, &plan, lock_timeout).await.context(BUSY)?;
+    alone.rollback().await?;
     print_steps(&plan);
     println!("no trigger is left; {} changes were made", plan.steps.len());
     Ok(())
@@ -183,19 +201,24 @@ async fn remove(pool: &PgPool, lock_timeout: Duration) -> anyhow::Result<()> {
 async fn explain(
     pool: &PgPool,
     rules: &Rules,
-    facts: &[Facts],
     statement: &str,
     lock_timeout: Duration,
+    statement_timeout: Duration,
 ) -> anyhow::Result<()> {
     let first_word = statement.split_whitespace().next().unwrap_or_default().to_lowercase();
     if !EXPLAINABLE.contains(&first_word.as_str()) {
         bail!("explain runs one statement that begins with {}", EXPLAINABLE.join(", "));
     }
     let mut tx = pool.begin().await?;
-    let plan = triggers::plan(&mut tx, rules, facts).await?;
-    triggers::apply(&mut tx, &plan, lock_timeout).await.context(UNCHANGED)?;
+    triggers::lock(&mut tx, lock_timeout).await.context(NOT_ALONE)?;
+    let facts = catalog::check(&mut tx, rules).await?;
+    let plan = triggers::plan(&mut tx, rules, &facts).await?;
+    triggers::apply(&mut tx, &plan, lock_timeout).await.context(BUSY)?;
+    let limit = format!("set local statement_timeout = {}", statement_timeout.as_millis().max(1));
+    sqlx::raw_sql(AssertSqlSafe(limit)).execute(&mut *tx).await?;
     // Prepared, so that it is one statement for certain.
-    let done = sqlx::query(AssertSqlSafe(statement)).execute(&mut *tx).await?;
+    let done = sqlx::query(AssertSqlSafe(statement)).execute(&mut *tx).await;
+    let done = done.context("the statement failed; if it took too long, raise --statement-timeout")?;
     let events = testing::enqueued(&mut tx).await?;
     tx.rollback().await?;
     println!("{} rows, {} events; rolled back", done.rows_affected(), events.len());

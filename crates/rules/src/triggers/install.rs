@@ -4,13 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::time::Duration;
 
-use sqlx::{AssertSqlSafe, PgConnection, Row};
+use sqlx::{PgConnection, Row};
 
+use super::apply::opening;
 use super::function::{Function, Trigger, functions};
 use super::{identifier, literal};
 use crate::Rules;
 use crate::catalog::Facts;
-use crate::catalog::expand::{BOUND_AS_WRITTEN, binding};
+use crate::catalog::expand::binding;
 use crate::table::TableRules;
 
 /// One change of the database.
@@ -20,6 +21,8 @@ pub struct Step {
     pub what: String,
     /// The statements.
     pub sql: String,
+    /// What the transaction is about that it belongs to: the functions of a table, or the triggers of one.
+    pub part: String,
 }
 
 /// Everything that separates the database from what the rules want.
@@ -40,8 +43,8 @@ struct Installed {
     triggers: BTreeMap<Place, (String, bool)>,
 }
 
-/// Any number that nobody else locks by.
-const APPLY_LOCK: i64 = 0x6f75_7462_6f78_7275;
+/// How long a table of the printed script may keep its writers waiting.
+const SCRIPT_LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Compares what is installed with what the rules want. `facts` is what [`check`](crate::catalog::check) returned.
 ///
@@ -65,38 +68,21 @@ pub async fn removal(connection: &mut PgConnection) -> Result<Plan, sqlx::Error>
     Ok(differences(&installed, &[], &[]))
 }
 
-/// Every statement that installs the triggers in a database that has none.
+/// Every statement that installs the triggers in a database that has none, in transactions that lock one table at most.
 #[must_use]
 pub fn script(rules: &Rules, facts: &[Facts]) -> String {
-    let mut script = format!("begin;\n{BOUND_AS_WRITTEN};\n");
-    for step in differences(&Installed::default(), rules.tables(), facts).steps {
-        let _ = write!(script, "\n-- {}\n{};\n", step.what, step.sql);
+    let mut script = String::new();
+    for steps in differences(&Installed::default(), rules.tables(), facts).parts() {
+        let _ = write!(script, "begin;\n{};\n", opening(SCRIPT_LOCK_TIMEOUT));
+        for step in steps {
+            let _ = write!(script, "\n-- {}\n{};\n", step.what, step.sql);
+        }
+        script.push_str("\ncommit;\n\n");
     }
-    script.push_str("\ncommit;\n");
     script
 }
 
-/// Carries a plan out in the caller's transaction. Waits for no lock longer than `lock_timeout`: a writer of the table
-/// that waits behind us waits as long.
-///
-/// # Errors
-/// Whatever the database says; roll back then.
-pub async fn apply(
-    transaction: &mut PgConnection,
-    plan: &Plan,
-    lock_timeout: Duration,
-) -> Result<(), sqlx::Error> {
-    let begin = format!(
-        "{BOUND_AS_WRITTEN}; set local lock_timeout = {}; select pg_advisory_xact_lock({APPLY_LOCK})",
-        lock_timeout.as_millis().max(1)
-    );
-    sqlx::raw_sql(AssertSqlSafe(begin)).execute(&mut *transaction).await?;
-    for step in &plan.steps {
-        sqlx::raw_sql(AssertSqlSafe(step.sql.clone())).execute(&mut *transaction).await?;
-    }
-    Ok(())
-}
-
+/// Functions first, then the triggers that call them, table by table, and last the functions that nothing calls any more.
 fn differences(installed: &Installed, tables: &[TableRules], facts: &[Facts]) -> Plan {
     let mut plan = Plan::default();
     let mut wanted_functions = BTreeSet::new();
@@ -110,35 +96,20 @@ fn differences(installed: &Installed, tables: &[TableRules], facts: &[Facts]) ->
                 }
             }
             wanted_functions.insert((function.name.clone(), function.arguments.clone()));
-            plan.function(installed, &function);
+            plan.function(installed, &function, &format!("the functions of {}", table.qualified_name()));
         }
     }
-    for ((schema, table, name), (function, enabled)) in &installed.triggers {
-        let place = (schema.clone(), table.clone(), name.clone());
-        let wanted = wanted_triggers.get(&place).is_some_and(|(_, wanted)| wanted == function);
-        if !wanted || !enabled {
-            plan.step(
-                format!(
-                    "drop trigger {name} on {schema}.{table}{}",
-                    if *enabled { "" } else { ", which is disabled" }
-                ),
-                format!("drop trigger {} on {}.{}", identifier(name), identifier(schema), identifier(table)),
-            );
-        }
-    }
-    for ((schema, table, name), (trigger, function)) in wanted_triggers {
-        let place = (schema.clone(), table.clone(), name.clone());
-        if installed.triggers.get(&place) != Some(&(function.clone(), true)) {
-            plan.step(
-                format!("create trigger {name} on {schema}.{table}"),
-                Trigger::definition(trigger, &schema, &table, &function),
-            );
+    for ((schema, table), steps) in trigger_steps(installed, &wanted_triggers) {
+        let part = format!("the triggers of {schema}.{table}");
+        for (what, sql) in steps {
+            plan.step(&part, what, sql);
         }
     }
     for (name, overloads) in &installed.functions {
         for (arguments, _) in overloads {
             if !wanted_functions.contains(&(name.clone(), arguments.clone())) {
                 plan.step(
+                    "the functions that nothing calls any more",
                     format!("drop function outbox.{name}"),
                     format!("drop function outbox.{}({arguments})", identifier(name)),
                 );
@@ -148,12 +119,48 @@ fn differences(installed: &Installed, tables: &[TableRules], facts: &[Facts]) ->
     plan
 }
 
+/// What is to be done about the triggers of each table, in words and in SQL: first what goes, which needs the stronger lock.
+fn trigger_steps<'a>(
+    installed: &'a Installed,
+    wanted: &'a BTreeMap<Place, (Trigger, String)>,
+) -> BTreeMap<(&'a str, &'a str), Vec<(String, String)>> {
+    let mut steps: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    for (place, (function, enabled)) in &installed.triggers {
+        let is_wanted = wanted.get(place).is_some_and(|(_, wanted)| wanted == function);
+        if !is_wanted || !enabled {
+            let (schema, table, name) = place;
+            let why = if *enabled { "" } else { ", which is disabled" };
+            steps.entry((schema.as_str(), table.as_str())).or_default().push((
+                format!("drop trigger {name} on {schema}.{table}{why}"),
+                format!("drop trigger {} on {}.{}", identifier(name), identifier(schema), identifier(table)),
+            ));
+        }
+    }
+    for (place, (trigger, function)) in wanted {
+        if installed.triggers.get(place) != Some(&(function.clone(), true)) {
+            let (schema, table, name) = place;
+            steps.entry((schema.as_str(), table.as_str())).or_default().push((
+                format!("create trigger {name} on {schema}.{table}"),
+                Trigger::definition(*trigger, schema, table, function),
+            ));
+        }
+    }
+    steps
+}
+
 impl Plan {
-    fn step(&mut self, what: String, sql: String) {
-        self.steps.push(Step { what, sql });
+    /// The steps by what may be done in a transaction of its own.
+    pub(super) fn parts(&self) -> impl Iterator<Item = &[Step]> {
+        self.steps.chunk_by(|one, next| one.part == next.part)
     }
 
-    fn function(&mut self, installed: &Installed, function: &Function) {
+    fn step(&mut self, part: &str, what: String, sql: String) {
+        // A name may hold anything, and what is printed is one line, a comment in the script.
+        let line = |text: &str| text.replace(char::is_control, " ");
+        self.steps.push(Step { what: line(&what), sql, part: line(part) });
+    }
+
+    fn function(&mut self, installed: &Installed, function: &Function, part: &str) {
         let Function { name, arguments, definition, comment, bound_in, .. } = function;
         let known = installed
             .functions
@@ -170,6 +177,7 @@ impl Plan {
             None => (String::new(), ""),
         };
         self.step(
+            part,
             format!("{verb} function outbox.{name}"),
             format!(
                 "{before}{definition}{after};\nrevoke all on function {signature} from public;\ncomment on function {signature} is {}",

@@ -102,6 +102,72 @@ async fn a_busy_table_makes_apply_give_up_rather_than_stop_its_writers() {
 }
 
 #[tokio::test]
+async fn apply_holds_the_lock_of_one_table_at_a_time_and_a_second_run_completes_it() {
+    let bed = Bed::new("create table a (id int); create table b (id int); insert into a values (1)").await;
+    let table = |name: &str| {
+        format!("[[table]]\nname = '{name}'\nkeys = ['{name}:{{id}}']\non_truncate = 'ignore'\n")
+    };
+    let rules = table("a") + &table("b");
+    let plan = bed.plan(&rules).await;
+    let mut writer = bed.pool.begin().await.unwrap();
+    sqlx::query("insert into b values (1)").execute(&mut *writer).await.unwrap();
+    let mut connection = bed.pool.acquire().await.unwrap();
+    let patience = Duration::from_secs(30);
+    let applying =
+        tokio::spawn(async move { triggers::apply_in_parts(&mut connection, &plan, patience).await });
+    let waiting = "select count(*) from pg_locks where not granted and relation = 'b'::regclass";
+    devstack::eventually(patience, async || bed.number(waiting).await == 1).await;
+    // In the other order than that of the rules: a deadlock if apply held the lock on a.
+    sqlx::query("update a set id = 2").execute(&mut *writer).await.unwrap();
+    writer.commit().await.unwrap();
+    applying.await.unwrap().unwrap();
+    assert!(bed.plan(&rules).await.steps.is_empty());
+
+    let changed = rules.replace("keys = ['b", "topic = 'b'\nkeys = ['b") + &table("c");
+    bed.run("create table c (id int); alter table a disable trigger outbox_capture_insert").await;
+    let plan = bed.plan(&changed).await;
+    let mut writer = bed.pool.begin().await.unwrap();
+    sqlx::query("insert into c values (1)").execute(&mut *writer).await.unwrap();
+    let mut connection = bed.pool.acquire().await.unwrap();
+    let short = Duration::from_millis(100);
+    let error = triggers::apply_in_parts(&mut connection, &plan, short).await.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "cannot change the triggers of public.c; 8 of 11 changes were made and stay"
+    );
+    assert!(error.source.to_string().contains("lock timeout"), "{error:?}");
+    writer.rollback().await.unwrap();
+    bed.events().await;
+    assert_eq!(bed.keys("insert into a values (3)").await, ["a:3"]);
+    let rest = bed.plan(&changed).await;
+    assert!(whats(&rest).iter().all(|what| what.ends_with("on public.c")), "{:?}", whats(&rest));
+    triggers::apply_in_parts(&mut connection, &rest, patience).await.unwrap();
+    assert_eq!(bed.keys("insert into c values (3)").await, ["c:3"]);
+}
+
+#[tokio::test]
+async fn who_changes_triggers_is_alone_with_what_was_planned() {
+    let bed = Bed::new(USERS).await;
+    let (mut one, mut other) = (bed.pool.begin().await.unwrap(), bed.pool.begin().await.unwrap());
+    triggers::lock(&mut one, Duration::from_secs(5)).await.unwrap();
+    let error = triggers::lock(&mut other, Duration::from_millis(100)).await.unwrap_err();
+    assert!(error.to_string().contains("lock timeout"), "{error}");
+}
+
+#[tokio::test]
+async fn the_name_of_a_partition_cannot_leave_the_comment_of_the_script() {
+    let bed = Bed::new(
+        "create table t (id int) partition by list (id); create table spied (by text);
+         create table \"x\ninsert into spied values ('p');--\" partition of t default",
+    )
+    .await;
+    let rules = parse("[[table]]\nname = 't'\nkeys = ['t:{id}']\non_truncate = 'ignore'");
+    bed.run(&triggers::script(&rules, &bed.facts(&rules).await.unwrap())).await;
+    assert_eq!(bed.number("select count(*) from spied").await, 0);
+    assert_eq!(bed.keys("insert into \"x\ninsert into spied values ('p');--\" values (1)").await, ["t:1"]);
+}
+
+#[tokio::test]
 async fn names_of_any_length_and_form_get_functions_of_their_own() {
     let long = "a_table_whose_name_is_as_long_as_a_name_may_be_in_postgres_xxxx";
     let bed = Bed::new(&format!(
