@@ -4,12 +4,14 @@ pub(crate) mod expand;
 mod facts;
 mod identity;
 mod literals;
+mod risks;
 
 use sqlx::PgConnection;
 
 pub use expand::{ExpandError, Expander, Found, expanders};
 pub use facts::{Column, Facts, Relation};
 pub use identity::check_identity;
+pub use risks::risks;
 
 use crate::problem::{Problem, RulesError};
 use crate::table::{At, Expand, TableRules};

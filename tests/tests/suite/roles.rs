@@ -42,6 +42,7 @@ impl Roles {
         std::fs::write(roles.rules(), RULES).unwrap();
         roles.relay("outbox_admin", &["migrate"]).await;
         run(&roles.pool("outbox_admin").await, &readme_sql("roles after migrate")).await.unwrap();
+        run(&superuser, &readme_sql("roles for the log")).await.unwrap();
         run(&superuser, "grant outbox_producer to app").await.unwrap();
         roles
     }
@@ -164,8 +165,17 @@ async fn no_role_can_do_more() {
     }
     let superuser = roles.pool("postgres").await;
     run(&superuser, "create role stranger login").await.unwrap();
-    let error = run(&roles.pool("stranger").await, "select outbox.enqueue(array['k'])").await.unwrap_err();
+    let stranger = roles.pool("stranger").await;
+    let error = run(&stranger, "select outbox.enqueue(array['k'])").await.unwrap_err();
     assert!(error.to_string().contains("permission denied"), "{error}");
+    for message in ["'x'", "'x'::bytea"] {
+        let emit = format!("select pg_logical_emit_message(true, 'outbox', {message})");
+        let error = run(&stranger, &emit).await.unwrap_err();
+        assert!(error.to_string().contains("permission denied"), "{error}");
+        // What outbox::through_wal calls, and what the reader of the log does when nothing else happens.
+        run(&app, &emit).await.unwrap();
+        run(&roles.pool("outbox_wal_relay").await, &emit).await.unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -100,7 +100,7 @@ pub(super) async fn execute(pool: &PgPool, command: RulesCommand, config: &Confi
         RulesCommand::Check { wal: false } => {
             println!("{} tables fit the database", facts.len());
             let plan = triggers::plan(&mut connection, &rules, &facts).await?;
-            warn_of_foreign_partitions(&facts);
+            warn(&mut connection, &rules, &facts).await?;
             match plan.steps.len() {
                 0 => println!("the triggers are installed and current"),
                 count => {
@@ -181,7 +181,7 @@ async fn apply(pool: &PgPool, rules: &Rules, lock_timeout: Duration) -> anyhow::
     triggers::apply_in_parts(&mut connection, &plan, lock_timeout).await.context(BUSY)?;
     alone.rollback().await?;
     print_steps(&plan);
-    warn_of_foreign_partitions(&facts);
+    warn(&mut connection, rules, &facts).await?;
     println!("the triggers are what the rules say; {} changes were made", plan.steps.len());
     Ok(())
 }
@@ -248,11 +248,15 @@ fn print_steps(plan: &Plan) {
     }
 }
 
-fn warn_of_foreign_partitions(facts: &[Facts]) {
+async fn warn(connection: &mut PgConnection, rules: &Rules, facts: &[Facts]) -> Result<(), sqlx::Error> {
     for relation in facts.iter().flat_map(|facts| &facts.relations).filter(|relation| relation.is_foreign) {
         println!(
             "!! {}.{} is a foreign table: what is changed in it directly, or where it lives, is not captured",
             relation.schema, relation.name
         );
     }
+    for risk in catalog::risks(connection, rules).await? {
+        println!("!! {risk}");
+    }
+    Ok(())
 }

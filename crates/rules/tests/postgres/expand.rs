@@ -104,6 +104,27 @@ async fn run_as_written(pool: &PgPool) -> Result<(), sqlx::Error> {
 }
 
 #[tokio::test]
+async fn who_could_put_something_into_the_schema_and_a_superuser_are_named_as_risks() {
+    let (bed, superuser) = shop().await;
+    let (rules, plain) =
+        (parse(RULES), parse("[[table]]\nname = 'shop.products'\nkeys = ['p']\non_truncate = 'ignore'"));
+    let mut applier = bed.pool.acquire().await.unwrap();
+    let risks = catalog::risks(&mut applier, &rules).await.unwrap();
+    let expected =
+        "app may create in schema shop, and so what expand runs with the rights of who applies the rules";
+    assert!(risks.len() == 1 && risks[0].starts_with(expected), "{risks:?}");
+    run(&superuser, "grant create on schema shop to public, applier").await;
+    let risks = catalog::risks(&mut applier, &rules).await.unwrap();
+    assert!(risks[0].contains("REVOKE CREATE ON SCHEMA shop FROM PUBLIC, app"), "{risks:?}");
+    assert!(catalog::risks(&mut applier, &plain).await.unwrap().is_empty());
+    run(&superuser, "revoke create on schema shop from public, app").await;
+    assert!(catalog::risks(&mut applier, &rules).await.unwrap().is_empty());
+    run(&superuser, "revoke create on schema shop from applier").await;
+    let risks = catalog::risks(&mut superuser.acquire().await.unwrap(), &rules).await.unwrap();
+    assert!(risks.len() == 1 && risks[0].starts_with("this is a superuser"), "{risks:?}");
+}
+
+#[tokio::test]
 async fn what_expand_reads_may_be_renamed_and_dropped_only_once_the_rules_let_go_of_it() {
     let (bed, superuser) = shop().await;
     bed.install(RULES).await;
