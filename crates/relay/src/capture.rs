@@ -28,7 +28,7 @@ use crate::worker::Shared;
 use gap::Gap;
 use opening::{OpenError, Opened};
 use pump::{Pump, PumpError};
-use reader::{ReadEnd, ReadError};
+use reader::{Catalog, ReadEnd, ReadError};
 
 pub use monitor::monitor;
 pub use opening::{ReadElsewhere, check_rules, preflight};
@@ -165,10 +165,12 @@ async fn read_on(
     let (sender, receiver) = reader::channel();
     let primary_keys =
         expanders.iter().map(|expander| Some(expander.as_ref()?.column().to_owned())).collect();
-    let assembler = Assembler::new(Arc::clone(&capture.rules), tables, primary_keys);
+    let assembler = Assembler::new(Arc::clone(&capture.rules), tables.clone(), primary_keys);
     let pump = Pump::new(Arc::clone(capture), expanders, timeline, confirmer, health.clone());
     let mut pump = Box::pin(pump.run(receiver));
-    let reading = reader::read(stream, assembler, sender, shutdown);
+    let catalog =
+        Catalog { pool: &capture.shared.pool, publication: &capture.config.publication, tables: &tables };
+    let reading = reader::read(stream, assembler, &catalog, sender, shutdown);
     let end = tokio::select! {
         end = reading => end?,
         pumped = &mut pump => return Ok(pumped?),

@@ -2,6 +2,7 @@
 
 mod pending;
 mod pieces;
+mod relations;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,13 +11,16 @@ use event::log_event;
 use pgwire_replication::Lsn;
 use rules::{Expansion, Image, MissingValue, Rules, TableRules};
 
-use crate::pgoutput::{DecodeError, Message, OldTuple, Relation, ReplicaIdentity, Tuple, decode};
+use crate::pgoutput::{DecodeError, Message, OldTuple, Relation, Tuple, decode};
+use crate::publication::{Lineage, Tables};
 use crate::row::Row;
 
 use pending::Pending;
 use pieces::Draining;
+use relations::{Role, Watched, not_logged, warn_of_unruled};
 
 pub use pieces::{Commit, Piece, TopicChanges};
+pub use relations::Unknown;
 
 /// Memory that the keys of open transactions may take, all together. About a million keys.
 pub const MAX_HELD_BYTES: usize = 36 * 1024 * 1024;
@@ -57,7 +61,7 @@ pub struct Seen {
 pub struct Assembler {
     rules: Arc<Rules>,
     /// Which table of the rules a relation was when the reader started: a table that is renamed keeps its rules.
-    known: HashMap<u32, usize>,
+    tables: Tables,
     /// The primary key of each table of the rules that has `expand`.
     primary_keys: Vec<Option<String>>,
     relations: HashMap<u32, Watched>,
@@ -71,26 +75,19 @@ pub struct Assembler {
     draining: Option<Draining>,
     /// Place of the last message that belongs to no transaction.
     passed: Option<Lsn>,
+    /// Relation that may be a partition: the catalog knows.
+    question: Option<u32>,
     seen: Seen,
 }
 
-#[derive(Debug)]
-struct Watched {
-    relation: Relation,
-    /// Index of its rules.
-    table: Option<usize>,
-    /// Column of the rules that the log does not hold of old rows: the replica identity was changed since the start.
-    not_logged: Option<String>,
-}
-
 impl Assembler {
-    /// An assembler for one session. `known` maps object ids of tables to their rules; `primary_keys` has, in the order of
+    /// An assembler for one session. `tables` says which relation has which rules; `primary_keys` has, in the order of
     /// the rules, the column whose values `expand` is given, where there is one.
     #[must_use]
-    pub fn new(rules: Arc<Rules>, known: HashMap<u32, usize>, primary_keys: Vec<Option<String>>) -> Self {
+    pub fn new(rules: Arc<Rules>, tables: Tables, primary_keys: Vec<Option<String>>) -> Self {
         Self {
             rules,
-            known,
+            tables,
             primary_keys,
             relations: HashMap::new(),
             open: None,
@@ -99,11 +96,13 @@ impl Assembler {
             held_bytes: 0,
             draining: None,
             passed: None,
+            question: None,
             seen: Seen::default(),
         }
     }
 
-    /// Takes one message. After each, [`Assembler::next_piece`] is to be asked until it has nothing.
+    /// Takes one message. After each, [`Assembler::take_question`] is to be asked, and [`Assembler::next_piece`] until it
+    /// has nothing.
     ///
     /// # Errors
     /// [`AssemblyError`]; the assembler is of no use after one.
@@ -173,6 +172,31 @@ impl Assembler {
         self.passed.take()
     }
 
+    /// Object id of a relation that may be a partition of a table of the rules, if it should be looked up before the next
+    /// message is fed; [`Assembler::answer`] takes what was found. Until it is known each transaction that changes it
+    /// invalidates whatever the rules of partitioned tables could name.
+    pub fn take_question(&mut self) -> Option<u32> {
+        self.question.take()
+    }
+
+    /// Takes the answer to [`Assembler::take_question`].
+    pub fn answer(&mut self, oid: u32, lineage: Lineage) {
+        let Some(watched) = self.relations.remove(&oid) else { return };
+        match lineage {
+            Lineage::Partition(table) => {
+                self.tables.adopt(oid, table);
+                self.learn(watched.relation);
+            }
+            Lineage::Other => {
+                warn_of_unruled(&watched.relation);
+                self.relations.insert(oid, Watched { role: Role::None, ..watched });
+            }
+            Lineage::Unknown => {
+                self.relations.insert(oid, watched);
+            }
+        }
+    }
+
     /// What was seen since this was last asked.
     pub fn take_seen(&mut self) -> Seen {
         std::mem::take(&mut self.seen)
@@ -208,19 +232,45 @@ impl Assembler {
             .tables()
             .iter()
             .position(|table| *table.schema == *relation.schema && *table.name == *relation.name);
-        let table = self.known.get(&relation.oid).copied().or(by_name);
-        if table.is_none() {
-            tracing::warn!(
-                schema = &*relation.schema,
-                table = &*relation.name,
-                "the publication holds a table without rules; its changes invalidate nothing"
-            );
+        let role = match self.tables.rules_of(relation.oid).or(by_name) {
+            Some(index) => Role::Of(index),
+            None if !self.tables.partitioned().is_empty() => {
+                self.question = Some(relation.oid);
+                Role::Stranger(self.transaction())
+            }
+            None => {
+                warn_of_unruled(&relation);
+                Role::None
+            }
+        };
+        let not_logged = match role {
+            Role::Of(index) => not_logged(&self.rules.tables()[index], self.primary_key(index), &relation),
+            _ => None,
+        };
+        self.relations.insert(relation.oid, Watched { relation, role, not_logged });
+    }
+
+    /// Id of the transaction that is being received.
+    fn transaction(&self) -> Option<u32> {
+        self.streaming.or(self.open.as_ref().map(|(commit, _)| commit.xid))
+    }
+
+    /// A change of a table that may be a partition.
+    fn change_of_stranger(&mut self, xid: Option<u32>, oid: u32) -> Result<(), AssemblyError> {
+        let now = self.transaction();
+        let Some(watched) = self.relations.get_mut(&oid) else { return Ok(()) };
+        if watched.role != Role::Stranger(now) {
+            watched.role = Role::Stranger(now);
+            self.question = Some(oid);
         }
-        let not_logged = table.and_then(|index| {
-            let primary_key = self.primary_key(index);
-            not_logged(&self.rules.tables()[index], primary_key, &relation)
-        });
-        self.relations.insert(relation.oid, Watched { relation, table, not_logged });
+        let Relation { schema, name, .. } = &watched.relation;
+        let unknown = Unknown::Table(format!("{schema}.{name}"));
+        let (rules, partitioned) = (Arc::clone(&self.rules), self.tables.partitioned().to_vec());
+        self.pending(xid, |pending| {
+            for index in partitioned {
+                pending.add_unknown(&rules.tables()[index], &unknown);
+            }
+        })
     }
 
     fn change(
@@ -235,15 +285,21 @@ impl Assembler {
         let rules = Arc::clone(&self.rules);
         let watched =
             self.relations.get(&oid).ok_or(AssemblyError::OutOfOrder("a change of an unknown table"))?;
-        let Some(index) = watched.table else {
-            self.seen.unwatched += 1;
-            return Ok(());
+        let index = match watched.role {
+            Role::Of(index) => index,
+            Role::Stranger(_) => return self.change_of_stranger(xid, oid),
+            Role::None => {
+                self.seen.unwatched += 1;
+                return Ok(());
+            }
         };
         let table = &rules.tables()[index];
         if let (false, Some(column)) = (is_insert, &watched.not_logged) {
-            let because = " of old rows: the replica identity was changed";
-            let missing = MissingValue { table: table.qualified_name(), column: column.clone(), because };
-            return self.pending(xid, |pending| pending.add_unknown(table, &missing));
+            let because = " of old rows: its replica identity lacks it";
+            // Of a partition, its own name: each has an identity of its own.
+            let Relation { schema, name, .. } = &watched.relation;
+            let missing = MissingValue { table: format!("{schema}.{name}"), column: column.clone(), because };
+            return self.pending(xid, |pending| pending.add_unknown(table, &missing.into()));
         }
         let (old, key_only) = match &old {
             None => (None, false),
@@ -265,7 +321,7 @@ impl Assembler {
                     pending.add_primary_keys(index, &primary_keys);
                 })
             }
-            Err(missing) => self.pending(xid, |pending| pending.add_unknown(table, &missing)),
+            Err(missing) => self.pending(xid, |pending| pending.add_unknown(table, &missing.into())),
         }
     }
 
@@ -277,9 +333,16 @@ impl Assembler {
         let rules = Arc::clone(&self.rules);
         for oid in oids {
             self.seen.changes += 1;
-            let Some(table) = self.relations.get(oid).and_then(|watched| watched.table) else {
-                self.seen.unwatched += 1;
-                continue;
+            let table = match self.relations.get(oid).map(|watched| watched.role) {
+                Some(Role::Of(table)) => table,
+                Some(Role::Stranger(_)) => {
+                    self.change_of_stranger(xid, *oid)?;
+                    continue;
+                }
+                _ => {
+                    self.seen.unwatched += 1;
+                    continue;
+                }
             };
             let table = &rules.tables()[table];
             self.pending(xid, |pending| {
@@ -304,15 +367,6 @@ impl Assembler {
         self.held_bytes = self.held_bytes + part.bytes() - before;
         if self.held_bytes > MAX_HELD_BYTES { Err(AssemblyError::TooManyKeys) } else { Ok(()) }
     }
-}
-
-/// A column that the rules need and the replica identity lacks, though the table has it.
-fn not_logged(table: &TableRules, primary_key: Option<&str>, relation: &Relation) -> Option<String> {
-    if relation.identity == ReplicaIdentity::Full {
-        return None;
-    }
-    let is_logged = |name: &str| relation.columns.iter().all(|column| &*column.name != name || column.is_key);
-    table.needed_columns().into_iter().chain(primary_key).find(|name| !is_logged(name)).map(str::to_owned)
 }
 
 /// The keys of a changed row, and what `expand` is to be given. Where the log does not hold the old row as a whole, what

@@ -11,7 +11,7 @@ mod row;
 pub mod session;
 pub mod slot;
 
-pub use assembly::{Assembler, AssemblyError, Commit, MAX_HELD_BYTES, Piece, Seen, TopicChanges};
+pub use assembly::{Assembler, AssemblyError, Commit, MAX_HELD_BYTES, Piece, Seen, TopicChanges, Unknown};
 pub use gate::Snapshot;
 pub use key_set::KeySet;
 pub use ledger::{Ledger, Ticket};

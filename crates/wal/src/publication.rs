@@ -1,8 +1,11 @@
 //! The publication: which tables the log is decoded for. Exactly those of the rules.
+//!
+//! A partitioned table is published by its partitions: each has a replica identity of its own, and a TRUNCATE of its own.
 
 use std::collections::HashMap;
 
-use rules::Rules;
+use event::{Event, MAX_NAMESPACES, log_event};
+use rules::{Rules, TableRules};
 use sqlx::{AssertSqlSafe, PgPool, Row};
 
 use crate::name::{InvalidName, check_name};
@@ -45,13 +48,53 @@ pub enum PublicationError {
     Database(#[from] sqlx::Error),
 }
 
+/// Which relation of the database has which rules.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tables {
+    /// Object ids of the tables, in the order of the rules.
+    listed: Vec<u32>,
+    /// The tables by object id, and every partition of theirs: index of the rules.
+    rules: HashMap<u32, usize>,
+    /// Indexes of the partitioned ones.
+    partitioned: Vec<usize>,
+}
+
+impl Tables {
+    /// Index of the rules of a table or a partition.
+    pub(crate) fn rules_of(&self, oid: u32) -> Option<usize> {
+        self.rules.get(&oid).copied()
+    }
+
+    /// Takes note of a partition of the table with these rules.
+    pub(crate) fn adopt(&mut self, oid: u32, table: usize) {
+        self.rules.insert(oid, table);
+    }
+
+    /// Indexes of the rules of partitioned tables.
+    pub(crate) fn partitioned(&self) -> &[usize] {
+        &self.partitioned
+    }
+}
+
+/// What a relation that is not known yet turns out to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lineage {
+    /// A partition of the table with the rules of this index.
+    Partition(usize),
+    /// A table that somebody has put into the publication.
+    Other,
+    /// The catalog does not know it, or not as either: it was a partition, or will be when its transaction commits.
+    Unknown,
+}
+
 /// How the publication differs from the rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Drift {
     /// There is none.
     Missing,
-    /// Tables are missing from it, it holds others, or it leaves some kind of change out.
-    Differs,
+    /// Tables are missing from it, it holds others, or it leaves something out: a kind of change, rows or columns. The
+    /// rules of these indexes are of tables whose changes it does not publish, or not all.
+    Differs(Vec<usize>),
     /// It is for all tables or a schema.
     TooWide,
 }
@@ -60,37 +103,59 @@ impl std::fmt::Display for Drift {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.write_str(match self {
             Self::Missing => "does not exist",
-            Self::Differs => "is not for exactly the tables and kinds of change of the rules",
+            Self::Differs(_) => "is not for exactly the tables and changes of the rules",
             Self::TooWide => "is for all tables, or for a whole schema",
         })
     }
 }
 
-/// Makes the publication be for exactly the tables of the rules, and returns which object id has which rules. Whether
-/// their replica identity suffices must have been checked before: a table without one would refuse its writers.
+/// Makes the publication be for exactly the tables of the rules, and declares stale what could be missing meanwhile: the
+/// namespaces of the affected tables, in the log and in the same transaction. Whether the replica identities suffice must
+/// have been checked before: a table without one would refuse its writers.
 ///
 /// # Errors
 /// [`PublicationError`].
-pub async fn ensure(
+pub async fn correct(
     pool: &PgPool,
     name: &str,
     rules: &Rules,
-) -> Result<HashMap<u32, usize>, PublicationError> {
+    drift: &Drift,
+) -> Result<(), PublicationError> {
     check_name(name)?;
-    let tables = resolve(pool, rules).await?;
-    let statement = match drift(pool, name, &tables).await? {
-        None => return Ok(tables),
-        Some(Drift::TooWide) => return Err(PublicationError::TooWide(name.to_owned())),
-        Some(Drift::Missing) => create_statement(name, rules),
-        Some(Drift::Differs) => alter_statement(name, rules),
+    let all = || (0..rules.tables().len()).collect();
+    let (statement, affected) = match drift {
+        Drift::TooWide => return Err(PublicationError::TooWide(name.to_owned())),
+        Drift::Missing => (create_statement(name, rules), all()),
+        Drift::Differs(affected) => (alter_statement(name, rules), affected.clone()),
     };
-    match sqlx::raw_sql(AssertSqlSafe(statement.clone())).execute(pool).await {
-        Ok(_) => {
-            tracing::info!(publication = name, tables = rules.tables().len(), "set up the publication");
-            Ok(tables)
-        }
-        Err(error) => Err(refused(name, statement, error)),
+    let mut tx = pool.begin().await?;
+    if let Err(error) = sqlx::raw_sql(AssertSqlSafe(statement.clone())).execute(&mut *tx).await {
+        return Err(refused(name, statement, error));
     }
+    for table in affected.iter().filter_map(|&index| rules.tables().get(index)) {
+        for event in stale(table) {
+            // As text: see `slot::heartbeat`.
+            sqlx::query("select pg_logical_emit_message(true, $1, $2)::text")
+                .persistent(false)
+                .bind(log_event::PREFIX)
+                .bind(log_event::encode(&event))
+                .execute(&mut *tx)
+                .await?;
+        }
+    }
+    tx.commit().await?;
+    tracing::info!(publication = name, tables = rules.tables().len(), "set up the publication");
+    Ok(())
+}
+
+/// Events that declare everything stale that the rules of a table could name.
+fn stale(table: &TableRules) -> Vec<Event> {
+    let namespaces = crate::namespaces(table);
+    let events = namespaces.chunks(MAX_NAMESPACES).map(|namespaces| {
+        let names = namespaces.iter().map(event::CacheKey::as_str);
+        Event::delete_namespaces(names).ok().map(|event| event.with_topic(table.topic.clone()))
+    });
+    events.flatten().collect()
 }
 
 fn refused(name: &str, statement: String, source: sqlx::Error) -> PublicationError {
@@ -102,48 +167,138 @@ fn refused(name: &str, statement: String, source: sqlx::Error) -> PublicationErr
     PublicationError::Database(source)
 }
 
-/// Object ids of the tables of the rules.
+/// The tables of the rules and their partitions.
 ///
 /// # Errors
 /// [`PublicationError::NoTable`], or whatever the database says.
-pub async fn resolve(pool: &PgPool, rules: &Rules) -> Result<HashMap<u32, usize>, PublicationError> {
-    let mut tables = HashMap::new();
+pub async fn resolve(pool: &PgPool, rules: &Rules) -> Result<Tables, PublicationError> {
+    let mut tables = Tables::default();
     for (index, table) in rules.tables().iter().enumerate() {
-        let row = sqlx::query(
-            "select c.oid::bigint from pg_class c join pg_namespace n on n.oid = c.relnamespace
-             where n.nspname = $1 and c.relname = $2 and c.relkind in ('r', 'p')",
-        )
-        .persistent(false)
-        .bind(&table.schema)
-        .bind(&table.name)
-        .fetch_optional(pool)
-        .await?;
-        let Some(row) = row else {
+        let Some((oid, is_partitioned)) = find(pool, table).await? else {
             return Err(PublicationError::NoTable {
                 file: rules.file().to_owned(),
                 line: table.line,
                 table: table.qualified_name(),
             });
         };
-        let oid = u32::try_from(row.try_get::<i64, _>(0)?).map_err(|_| sqlx::Error::RowNotFound)?;
-        tables.insert(oid, index);
+        tables.listed.push(oid);
+        tables.rules.insert(oid, index);
+        if is_partitioned {
+            tables.partitioned.push(index);
+            let partitions = "select relid::oid::bigint from pg_partition_tree($1::bigint::oid::regclass)";
+            for partition in oids(pool, partitions, oid).await? {
+                tables.rules.insert(partition, index);
+            }
+        }
     }
     Ok(tables)
+}
+
+/// Object id of a table of the rules, and whether it is partitioned.
+async fn find(pool: &PgPool, table: &TableRules) -> Result<Option<(u32, bool)>, sqlx::Error> {
+    let row = sqlx::query(
+        "select c.oid::bigint, c.relkind = 'p' from pg_class c join pg_namespace n on n.oid = c.relnamespace
+         where n.nspname = $1 and c.relname = $2 and c.relkind in ('r', 'p')",
+    )
+    .persistent(false)
+    .bind(&table.schema)
+    .bind(&table.name)
+    .fetch_optional(pool)
+    .await?;
+    row.map(|row| Ok((oid(row.try_get(0)?)?, row.try_get(1)?))).transpose()
+}
+
+fn oid(number: i64) -> Result<u32, sqlx::Error> {
+    u32::try_from(number).map_err(|_| sqlx::Error::Protocol("an object id is out of range".to_owned()))
+}
+
+async fn oids(pool: &PgPool, query: &'static str, of: u32) -> Result<Vec<u32>, sqlx::Error> {
+    let found: Vec<i64> =
+        sqlx::query_scalar(query).persistent(false).bind(i64::from(of)).fetch_all(pool).await?;
+    found.into_iter().map(oid).collect()
+}
+
+/// Looks up a relation that came out of the log and is not known.
+///
+/// # Errors
+/// Whatever the database says.
+pub async fn lineage(
+    pool: &PgPool,
+    name: &str,
+    tables: &Tables,
+    relation: u32,
+) -> Result<Lineage, sqlx::Error> {
+    let ancestors = "select relid::oid::bigint from pg_partition_ancestors($1::bigint::oid::regclass)";
+    let ancestors = oids(pool, ancestors, relation).await?;
+    if let Some(table) = ancestors.iter().find_map(|ancestor| tables.rules_of(*ancestor)) {
+        return Ok(Lineage::Partition(table));
+    }
+    let is_listed = sqlx::query_scalar(
+        "select exists (select from pg_publication_rel r join pg_publication p on p.oid = r.prpubid
+             where p.pubname = $1 and r.prrelid = $2::bigint::oid)",
+    )
+    .persistent(false)
+    .bind(name)
+    .bind(i64::from(relation))
+    .fetch_one(pool)
+    .await?;
+    Ok(if is_listed { Lineage::Other } else { Lineage::Unknown })
 }
 
 /// Whether the publication is as it should be; `None` if so.
 ///
 /// # Errors
 /// Whatever the database says.
-pub async fn drift(
+pub async fn drift(pool: &PgPool, name: &str, tables: &Tables) -> Result<Option<Drift>, sqlx::Error> {
+    let expected = tables.listed.iter().copied().enumerate().collect();
+    compare(pool, name, expected).await
+}
+
+/// [`drift`] while the log is read: a table of the rules that has another name by now keeps its rules, and one that was
+/// dropped has no changes. Only one that was put in its place needs to be published.
+///
+/// # Errors
+/// Whatever the database says.
+pub async fn drift_since(
     pool: &PgPool,
     name: &str,
-    tables: &HashMap<u32, usize>,
+    rules: &Rules,
+    tables: &Tables,
 ) -> Result<Option<Drift>, sqlx::Error> {
+    let mut expected = Vec::new();
+    for (index, table) in rules.tables().iter().enumerate() {
+        let by_name = find(pool, table).await?.map(|(oid, _)| oid);
+        let known = tables.listed.get(index).copied();
+        let exists = "select oid::bigint from pg_class where oid = $1::bigint::oid";
+        match (by_name, known) {
+            (Some(oid), _) => expected.push((index, oid)),
+            (None, Some(known)) if !oids(pool, exists, known).await?.is_empty() => {
+                expected.push((index, known))
+            }
+            (None, _) => {}
+        }
+    }
+    compare(pool, name, expected).await
+}
+
+async fn compare(
+    pool: &PgPool,
+    name: &str,
+    expected: Vec<(usize, u32)>,
+) -> Result<Option<Drift>, sqlx::Error> {
+    // Columns of later versions are looked at as JSON: row filters and column lists came with Postgres 15.
     let row = sqlx::query(
-        "select p.puballtables, p.pubinsert and p.pubupdate and p.pubdelete and p.pubtruncate and p.pubviaroot,
+        "select p.puballtables or exists (
+                    select from pg_publication_tables t
+                    join pg_namespace n on n.nspname = t.schemaname
+                    join pg_class c on c.relnamespace = n.oid and c.relname = t.tablename
+                    where t.pubname = p.pubname and not exists (
+                        select from pg_publication_rel r where r.prpubid = p.oid and (r.prrelid = c.oid
+                            or r.prrelid in (select relid from pg_partition_ancestors(c.oid))))),
+                p.pubinsert and p.pubupdate and p.pubdelete and p.pubtruncate and not p.pubviaroot,
                 array(select prrelid::bigint from pg_publication_rel where prpubid = p.oid),
-                (select count(*) from pg_publication_tables t where t.pubname = p.pubname)
+                array(select prrelid::bigint from pg_publication_rel r where prpubid = p.oid
+                    and num_nonnulls(to_jsonb(r) ->> 'prqual', to_jsonb(r) ->> 'prattrs') > 0)
          from pg_publication p where p.pubname = $1",
     )
     .persistent(false)
@@ -151,20 +306,23 @@ pub async fn drift(
     .fetch_optional(pool)
     .await?;
     let Some(row) = row else { return Ok(Some(Drift::Missing)) };
-    let published: Vec<i64> = row.try_get(2)?;
-    let effective: i64 = row.try_get(3)?;
-    // More tables than are listed: some come by their schema.
-    if row.try_get::<bool, _>(0)? || effective > i64::try_from(published.len()).unwrap_or(i64::MAX) {
+    if row.try_get::<bool, _>(0)? {
         return Ok(Some(Drift::TooWide));
     }
-    let same = published.len() == tables.len()
-        && published.iter().all(|oid| u32::try_from(*oid).is_ok_and(|oid| tables.contains_key(&oid)));
-    Ok((!same || !row.try_get::<bool, _>(1)?).then_some(Drift::Differs))
+    let publishes_all: bool = row.try_get(1)?;
+    let (published, cut): (Vec<i64>, Vec<i64>) = (row.try_get(2)?, row.try_get(3)?);
+    let is_whole =
+        |oid: u32| publishes_all && published.contains(&i64::from(oid)) && !cut.contains(&i64::from(oid));
+    let affected: Vec<usize> =
+        expected.iter().filter(|(_, oid)| !is_whole(*oid)).map(|(index, _)| *index).collect();
+    let others =
+        published.iter().any(|published| expected.iter().all(|(_, oid)| i64::from(*oid) != *published));
+    Ok((!affected.is_empty() || others || !publishes_all).then_some(Drift::Differs(affected)))
 }
 
 fn create_statement(name: &str, rules: &Rules) -> String {
     format!(
-        "create publication {name} for table {} with (publish_via_partition_root = true)",
+        "create publication {name} for table {} with (publish_via_partition_root = false)",
         table_list(rules)
     )
 }
@@ -172,7 +330,7 @@ fn create_statement(name: &str, rules: &Rules) -> String {
 fn alter_statement(name: &str, rules: &Rules) -> String {
     format!(
         "alter publication {name} set table {}; alter publication {name} set \
-         (publish = 'insert, update, delete, truncate', publish_via_partition_root = true)",
+         (publish = 'insert, update, delete, truncate', publish_via_partition_root = false)",
         table_list(rules)
     )
 }

@@ -1,12 +1,12 @@
 //! Whatever comes over the connection: it is decoded or refused, and never a panic.
 #![expect(clippy::unwrap_used, reason = "a failure in a test is a panic")]
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use proptest::prelude::*;
 use rules::Rules;
 use wal::pgoutput::{DecodeError, Message, OldTuple, ReplicaIdentity, Value, decode};
+use wal::publication::Tables;
 use wal::{Assembler, AssemblyError, Lsn, Piece};
 
 /// Writes messages as the server does.
@@ -89,14 +89,14 @@ fn stream_start(xid: u32) -> Vec<u8> {
 
 fn assembler() -> Assembler {
     let rules = "[[table]]\nname = \"users\"\nkeys = [\"user:{id}\"]\non_truncate = [\"user:\"]";
-    Assembler::new(Arc::new(Rules::parse("rules.toml", rules).unwrap()), HashMap::new(), Vec::new())
+    Assembler::new(Arc::new(Rules::parse("rules.toml", rules).unwrap()), Tables::default(), Vec::new())
 }
 
 /// Gives the primary keys of the rows to `expand` as well.
 fn expanding() -> Assembler {
     let rules = "[[table]]\nname = \"users\"\non_truncate = \"ignore\"\n[[table.expand]]\nsql = \"select 'x' where 1 = any($1)\"";
     let rules = Arc::new(Rules::parse("rules.toml", rules).unwrap());
-    Assembler::new(rules, HashMap::new(), vec![Some("id".to_owned())])
+    Assembler::new(rules, Tables::default(), vec![Some("id".to_owned())])
 }
 
 /// Everything that comes out, part by part.

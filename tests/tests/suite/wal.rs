@@ -13,6 +13,7 @@ mod health;
 mod idle;
 mod large;
 mod outbox;
+mod partitions;
 mod schema;
 mod transactions;
 mod values;

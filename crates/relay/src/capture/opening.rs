@@ -1,13 +1,12 @@
-use std::collections::HashMap;
 use std::time::Duration;
 
 use outbox::capture::{self as recorded, Position};
-use rules::Rules;
 use rules::catalog::{self, CatalogError, ExpandError, Expander};
+use rules::{Rules, TableRules};
 use service::Component;
 use sqlx::PgPool;
 use wal::Lsn;
-use wal::publication::{self, PublicationError};
+use wal::publication::{self, Drift, PublicationError, Tables};
 use wal::session::{ChangeStream, Identity, Session, SessionError, StreamOptions};
 use wal::slot::{self, ServerFacts, SlotError, SlotState};
 
@@ -86,8 +85,8 @@ pub enum OpenError {
 #[derive(Debug)]
 pub(super) struct Opened {
     pub(super) stream: ChangeStream,
-    /// Object ids of the tables of the rules.
-    pub(super) tables: HashMap<u32, usize>,
+    /// Which relation has which rules.
+    pub(super) tables: Tables,
     /// What runs `expand`, in the order of the rules.
     pub(super) expanders: Vec<Option<Expander>>,
     /// Timeline of the server whose log it is.
@@ -107,7 +106,10 @@ pub async fn preflight(pool: &PgPool, config: &CaptureConfig, rules: &Rules) -> 
         return Err(SlotError::WalLevel(facts.wal_level).into());
     }
     check_rules(pool, rules).await?;
-    publication::ensure(pool, &config.publication, rules).await?;
+    // Of a slot that exists somebody may be reading: whoever opens it looks at the publication.
+    if slot::find(pool, &config.slot).await?.is_none() {
+        ready_publication(pool, config, rules).await?;
+    }
     Ok(())
 }
 
@@ -138,6 +140,31 @@ pub async fn check_rules(pool: &PgPool, rules: &Rules) -> Result<(), OpenError> 
     Ok(())
 }
 
+/// Makes the publication be as it should. If it was not, changes are missing from the log, and the namespaces of their
+/// tables are declared stale together with the correction.
+async fn ready_publication(
+    pool: &PgPool,
+    config: &CaptureConfig,
+    rules: &Rules,
+) -> Result<Tables, OpenError> {
+    let name = &config.publication;
+    wal::check_name(name).map_err(PublicationError::Name)?;
+    let tables = publication::resolve(pool, rules).await?;
+    let Some(drift) = publication::drift(pool, name, &tables).await? else { return Ok(tables) };
+    // A table without a replica identity would refuse its writers as soon as it is published.
+    check_rules(pool, rules).await?;
+    if let Drift::Differs(affected) = &drift {
+        let tables = affected.iter().filter_map(|&index| rules.tables().get(index));
+        let tables: Vec<String> = tables.map(TableRules::qualified_name).collect();
+        tracing::warn!(
+            affected = tables.join(", "),
+            "publication {name} {drift}; correcting it, and declaring every key stale that the rules of affected tables can name"
+        );
+    }
+    publication::correct(pool, name, rules, &drift).await?;
+    Ok(tables)
+}
+
 /// Makes publication and slot ready, makes sure that nothing is missing since the log was last read, and begins.
 pub(super) async fn open(
     capture: &Capture,
@@ -163,8 +190,7 @@ pub(super) async fn open(
         }
     }
     // Before the slot: what is decoded is looked up in the catalog as it was at that point of the log.
-    let tables =
-        within(PUBLICATION_PATIENCE, publication::ensure(pool, &config.publication, &capture.rules)).await?;
+    let tables = within(PUBLICATION_PATIENCE, ready_publication(pool, config, &capture.rules)).await?;
     let expanders = within(PUBLICATION_PATIENCE, catalog::expanders(pool, &capture.rules)).await?;
     let mut session = Session::open(&capture.settings, WAL_SENDER_TIMEOUT, CONNECT_PATIENCE).await?;
     let identity = in_time(session.identify()).await?;

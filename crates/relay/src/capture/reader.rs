@@ -2,10 +2,13 @@ use std::sync::Arc;
 
 use metrics::{counter, gauge};
 use service::Shutdown;
+use sqlx::PgPool;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use wal::publication::{self, Lineage, Tables};
 use wal::session::{ChangeStream, Frame, SessionError};
 use wal::{Assembler, AssemblyError, Lsn, Piece};
 
+use crate::database::{PATIENCE, within};
 use crate::metrics as names;
 
 /// Parts of transactions on their way to the pump. Their bytes are bounded apart.
@@ -33,8 +36,24 @@ pub(super) enum ReadError {
     Session(#[from] SessionError),
     #[error("cannot decode the write-ahead log")]
     Assembly(#[source] AssemblyError),
+    #[error("cannot look up a table of the write-ahead log")]
+    Catalog(#[source] sqlx::Error),
     #[error("transactions cannot be read before their commit")]
     NotBeforeCommit(#[source] AssemblyError),
+}
+
+/// Where relations are looked up that nobody knew when reading began.
+#[derive(Debug)]
+pub(super) struct Catalog<'a> {
+    pub(super) pool: &'a PgPool,
+    pub(super) publication: &'a str,
+    pub(super) tables: &'a Tables,
+}
+
+impl Catalog<'_> {
+    async fn look_up(&self, relation: u32) -> Result<Lineage, sqlx::Error> {
+        within(PATIENCE, publication::lineage(self.pool, self.publication, self.tables, relation)).await
+    }
 }
 
 /// Reading ended because of a shutdown.
@@ -75,6 +94,7 @@ impl Sender {
 pub(super) async fn read(
     mut stream: ChangeStream,
     mut assembler: Assembler,
+    catalog: &Catalog<'_>,
     sender: Sender,
     shutdown: &Shutdown,
 ) -> Result<ReadEnd, ReadError> {
@@ -95,6 +115,10 @@ pub(super) async fn read(
                     }
                     error => ReadError::Assembly(error),
                 })?;
+                if let Some(relation) = assembler.take_question() {
+                    let lineage = catalog.look_up(relation).await.map_err(ReadError::Catalog)?;
+                    assembler.answer(relation, lineage);
+                }
                 while let Some(piece) = assembler.next_piece() {
                     tokio::select! {
                         sent = sender.send(piece) => if !sent { return Ok(ReadEnd { stream }) },

@@ -1,7 +1,9 @@
 use event::{CacheKey, Topic};
-use rules::{MissingValue, TableRules};
+use rules::TableRules;
 
 use crate::key_set::KeySet;
+
+use super::Unknown;
 
 /// A transaction that comes after its commit is given away in parts of about this many keys. More would not make the
 /// messages larger, only the memory.
@@ -20,7 +22,7 @@ pub(super) struct Pending {
     pub(super) events: Vec<Box<[u8]>>,
     event_bytes: usize,
     /// Changes of which the log does not hold what their keys are made of.
-    pub(super) unknown: Vec<MissingValue>,
+    pub(super) unknown: Vec<Unknown>,
 }
 
 /// Of one topic.
@@ -70,11 +72,11 @@ impl Pending {
     }
 
     /// A change that cannot be told the keys of: whatever the table's rules could name is invalidated instead.
-    pub(super) fn add_unknown(&mut self, table: &TableRules, missing: &MissingValue) {
+    pub(super) fn add_unknown(&mut self, table: &TableRules, unknown: &Unknown) {
         let namespaces = crate::namespaces(table);
         self.add_namespaces(&table.topic, &namespaces);
-        if !self.unknown.contains(missing) {
-            self.unknown.push(missing.clone());
+        if !self.unknown.contains(unknown) {
+            self.unknown.push(unknown.clone());
         }
     }
 

@@ -1,9 +1,9 @@
 use event::{CacheKey, Topic};
 use pgwire_replication::Lsn;
-use rules::MissingValue;
 
 use crate::key_set::KeySet;
 
+use super::Unknown;
 use super::pending::{Collected, Pending};
 
 /// Most keys in a part of a transaction.
@@ -46,7 +46,7 @@ pub struct Piece {
     /// Events that were enqueued without a table, as they were written.
     pub events: Vec<Box<[u8]>>,
     /// Changes of which the log does not hold what their keys are made of; namespaces stand for them.
-    pub unknown: Vec<MissingValue>,
+    pub unknown: Vec<Unknown>,
 }
 
 impl Piece {
@@ -97,7 +97,7 @@ pub(super) struct Draining {
     topics: Vec<(Topic, Keys, Vec<CacheKey>)>,
     primary_keys: Vec<(usize, Keys)>,
     events: std::iter::Peekable<std::vec::IntoIter<Box<[u8]>>>,
-    unknown: Vec<MissingValue>,
+    unknown: Vec<Unknown>,
     piece_keys: usize,
     piece_event_bytes: usize,
 }
