@@ -230,15 +230,14 @@ comment on column outbox.streams.complete_since is 'Every event published since 
 comment on column outbox.streams.recorded_at is 'When a relay first met the stream';
 
 -- A UUID of version 7: 48 bits of milliseconds, then version, variant and randomness (RFC 9562, section 5.7). One
--- expression, so that it is inlined.
+-- expression, so that it is inlined. random() has a strong seed in every session and costs a tenth of gen_random_uuid(),
+-- which asks OpenSSL each time: that alone cost writers an eighth of their throughput. Nobody has to be unable to guess an id.
 create function outbox.new_id() returns uuid
 language sql volatile parallel safe
 return encode(
-    set_bit(set_bit(
-        overlay(uuid_send(gen_random_uuid())
-            placing substring(int8send((extract(epoch from clock_timestamp()) * 1000)::bigint) from 3)
-            from 1 for 6),
-        52, 1), 53, 1), 'hex')::uuid;
+    int8send(((date_part('epoch', clock_timestamp()) * 1000)::bigint << 16) | 28672 | (random() * 4095)::bigint)
+    || int8send((random() * 4611686018427387903)::bigint | (1::bigint << 63)),
+    'hex')::uuid;
 
 comment on function outbox.new_id is 'A fresh event id, a UUID of version 7';
 
