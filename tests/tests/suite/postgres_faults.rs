@@ -6,6 +6,8 @@ use devstack::proxy::{FaultProxy, Mode};
 use devstack::{PgBouncer, PoolMode, eventually};
 use outbox::{ClaimOptions, Event, Xid};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::types::Uuid;
+use sqlx::types::uuid::Variant;
 use sqlx::{Connection, PgConnection};
 use tests::{Pair, PairOptions, SETTLED};
 
@@ -199,6 +201,23 @@ async fn claim_plan_uses_the_index_whatever_is_in_the_table() {
     uses_index().await;
     sqlx::raw_sql("analyze outbox.events").execute(&pair.pool).await.unwrap();
     uses_index().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ids_that_the_database_makes_are_of_version_7_and_of_now_and_none_comes_twice() {
+    let pair = Pair::start().await.unwrap();
+    let ids: Vec<Uuid> =
+        sqlx::query_scalar("select distinct outbox.new_id() from generate_series(1, 100000)")
+            .fetch_all(&pair.pool)
+            .await
+            .unwrap();
+    assert_eq!(ids.len(), 100_000);
+    let now = chrono::Utc::now().timestamp().cast_unsigned();
+    for id in ids {
+        assert_eq!((id.get_version_num(), id.get_variant()), (7, Variant::RFC4122), "{id}");
+        let (seconds, _) = id.get_timestamp().unwrap().to_unix();
+        assert!(seconds.abs_diff(now) < 60, "{id} is of {seconds}, now is {now}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
