@@ -182,3 +182,52 @@ async fn a_search_path_of_the_writer_cannot_lead_the_functions_astray() {
     let sql = "set search_path = evil, pg_catalog, public; update users set name = 'x' where id = 1; reset search_path";
     assert_eq!(bed.keys(sql).await, ["tenant:1:user:u1@x", "user:1:profile"]);
 }
+
+#[tokio::test]
+async fn what_is_no_change_of_a_row_fires_nothing() {
+    let bed = Bed::watched(
+        "create table t (id int, name text) partition by list (id); create table t1 partition of t for values in (1);
+         create table t2 partition of t for values in (2); create table t3 (id int, name text);
+         insert into t values (1, 'a'), (2, 'b'); insert into t3 values (3, 'c')",
+        "[[table]]\nname = 't'\nkeys = ['t:{id}']\non_truncate = ['t:']",
+    )
+    .await;
+    for sql in [
+        "alter table t alter name type text using name || '!'",
+        "alter table t add extra text default 'x'; alter table t3 add extra text",
+        "alter table t attach partition t3 for values in (3)",
+        "alter table t detach partition t2",
+        "drop table t1",
+        "set session_replication_role = replica; insert into t values (3, 'd'); reset session_replication_role",
+    ] {
+        assert!(bed.keys(sql).await.is_empty(), "{sql}");
+    }
+    assert_eq!(bed.keys("insert into t values (3, 'e')").await, ["t:3"]);
+}
+
+#[tokio::test]
+async fn triggers_that_are_enabled_always_fire_in_a_session_that_replicates_and_stay_so() {
+    let bed = Bed::watched(USERS, RULES).await;
+    bed.run("alter table users enable always trigger outbox_capture_update").await;
+    assert!(bed.install(RULES).await.steps.is_empty());
+    let update = "set session_replication_role = replica; update users set name = 'x' where id = 1;
+        reset session_replication_role";
+    assert_eq!(bed.keys(update).await.len(), 2);
+}
+
+#[tokio::test]
+async fn a_table_put_in_the_place_of_another_has_no_triggers_until_the_rules_are_applied() {
+    let bed = Bed::watched(USERS, RULES).await;
+    bed.run(
+        "create table fresh (like users including all); insert into fresh select * from users;
+         alter table users rename to stale; alter table fresh rename to users",
+    )
+    .await;
+    assert!(bed.keys("update users set name = 'x' where id = 1").await.is_empty());
+    let plan = bed.install(RULES).await;
+    let whats: Vec<&str> = plan.steps.iter().map(|step| step.what.as_str()).collect();
+    assert!(whats.contains(&"drop trigger outbox_capture_update on public.stale"), "{whats:?}");
+    assert!(whats.contains(&"create trigger outbox_capture_update on public.users"), "{whats:?}");
+    assert_eq!(bed.keys("update users set name = 'y' where id = 1").await.len(), 2);
+    assert!(bed.keys("update stale set name = 'y' where id = 1").await.is_empty());
+}
