@@ -20,8 +20,11 @@ struct Cli {
 fn main() -> ExitCode {
     let cli: Cli = service::parse();
     let options = cli.config.service.clone();
-    Boot { name: "relay", failpoints: FAILPOINTS }.run(&options, async move |shutdown| match cli.command {
-        None | Some(Command::Run) => relay::run(cli.config, shutdown).await,
-        Some(command) => admin::execute(command, &cli.config).await,
-    })
+    let boot = Boot { name: "relay", failpoints: FAILPOINTS };
+    match cli.command {
+        None | Some(Command::Run) => {
+            boot.run(&options, async move |shutdown| relay::run(cli.config, shutdown).await)
+        }
+        Some(command) => boot.run_command(&options, admin::execute(command, &cli.config)),
+    }
 }

@@ -34,25 +34,11 @@ const DEAD_AFTER: Duration = Duration::from_mins(5);
 /// What is wrong with the configuration or the surroundings at the start, naming what to fix. Later trouble is waited
 /// out.
 pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
-    let url = config.database_url()?;
-    let wal = config.capture.has(Source::Wal).then(|| prepare_capture(&config)).transpose()?;
-    let connections =
-        config.workers + EXTRA_CONNECTIONS + if wal.is_some() { CAPTURE_CONNECTIONS } else { 0 };
-    let pool = database::connect(url, connections, config.startup_timeout).await?;
-    database::check_schema(&pool, url, config.startup_timeout).await?;
-    if let Some((rules, _)) = &wal {
-        capture::preflight(&pool, &config.capture, rules).await?;
-    }
-    let nats = Nats::connect(&config.nats, "relay", config.startup_timeout).await?;
-    let jetstream = jetstream_context(&nats, &config);
-    stream::ensure(&jetstream, &config, nats.client.server_info().max_payload, nats.link()).await?;
-    if let Ok(existing) = jetstream.get_stream(STREAM).await {
-        for difference in stream::differences(&existing.cached_info().config, &config) {
-            tracing::warn!(
-                "{difference}: it applies when the stream is created; change it with `nats stream edit {STREAM}`"
-            );
-        }
-    }
+    let Some(opened) = shutdown.or_done(Box::pin(open(&config))).await else {
+        tracing::info!("stopped while starting");
+        return Ok(());
+    };
+    let Opened { pool, nats, jetstream, wal } = opened?;
 
     let metrics = Metrics::install()?;
     crate::metrics::describe();
@@ -106,7 +92,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     tasks.spawn(gauges::run(pool.clone(), shutdown.clone()));
     tasks.spawn(answer(pool.clone(), nats.clone(), shutdown.clone()));
     tasks.close();
-    tracing::info!(database = %url, nats = %config.nats.nats_url, http = %http.local_addr(), workers = config.workers, "relay runs");
+    tracing::info!(database = %config.database_url()?, nats = %config.nats.nats_url, http = %http.local_addr(), workers = config.workers, "relay runs");
 
     shutdown.requested().await;
     health.draining();
@@ -114,6 +100,38 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     http.stop().await;
     database::close(&pool).await;
     Ok(())
+}
+
+/// What the relay works with.
+struct Opened {
+    pool: sqlx::PgPool,
+    nats: Nats,
+    jetstream: jetstream::Context,
+    wal: Option<(Arc<Rules>, Settings)>,
+}
+
+/// Connects to both servers and looks whether they are what the relay needs. Nothing to be undone when it is dropped.
+async fn open(config: &Config) -> anyhow::Result<Opened> {
+    let url = config.database_url()?;
+    let wal = config.capture.has(Source::Wal).then(|| prepare_capture(config)).transpose()?;
+    let connections =
+        config.workers + EXTRA_CONNECTIONS + if wal.is_some() { CAPTURE_CONNECTIONS } else { 0 };
+    let pool = database::connect(url, connections, config.startup_timeout).await?;
+    database::check_schema(&pool, url, config.startup_timeout).await?;
+    if let Some((rules, _)) = &wal {
+        capture::preflight(&pool, &config.capture, rules).await?;
+    }
+    let nats = Nats::connect(&config.nats, "relay", config.startup_timeout).await?;
+    let jetstream = jetstream_context(&nats, config);
+    stream::ensure(&jetstream, config, nats.client.server_info().max_payload, nats.link()).await?;
+    if let Ok(existing) = jetstream.get_stream(STREAM).await {
+        for difference in stream::differences(&existing.cached_info().config, config) {
+            tracing::warn!(
+                "{difference}: it applies when the stream is created; change it with `nats stream edit {STREAM}`"
+            );
+        }
+    }
+    Ok(Opened { pool, nats, jetstream, wal })
 }
 
 /// Everything about the reader of the log that can be wrong without asking anybody.

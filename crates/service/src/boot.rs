@@ -1,14 +1,16 @@
 //! From the command line to the exit code: what the `main` of a daemon does around its own work.
 
-use std::{error::Error, future::Future, process::ExitCode, time::Duration};
+use std::{error::Error, future::Future, io, process::ExitCode, time::Duration};
 
 use serde_json::json;
+use tracing::level_filters::LevelFilter;
 
 use crate::{
     Shutdown, failpoint,
     logs::{self, LogFormat, LogOptions},
     nats::NatsError,
     parse_duration,
+    shutdown::exit_on_signals,
 };
 
 /// The exit code of a command line or configuration that cannot be obeyed, as clap's own.
@@ -68,7 +70,42 @@ impl Boot {
         R: Future<Output = Result<(), E>>,
         E: Into<anyhow::Error>,
     {
-        match self.try_run(&options.log, command) {
+        let daemon = async {
+            let shutdown = self.prepare(Shutdown::on_signals)?;
+            command(shutdown).await.map_err(Into::into)
+        };
+        self.finish(options, LevelFilter::INFO, daemon)
+    }
+
+    /// Like [`Boot::run`], for a command that somebody waits for: it logs warnings only if not told otherwise, and SIGINT or
+    /// SIGTERM ends it at once, with code 130 or 143.
+    pub fn run_command<E>(
+        self,
+        options: &ServiceOptions,
+        command: impl Future<Output = Result<(), E>>,
+    ) -> ExitCode
+    where
+        E: Into<anyhow::Error>,
+    {
+        let command = async {
+            self.prepare(exit_on_signals)?;
+            command.await.map_err(Into::into)
+        };
+        self.finish(options, LevelFilter::WARN, command)
+    }
+
+    fn prepare<T>(self, listen: impl FnOnce() -> io::Result<T>) -> anyhow::Result<T> {
+        failpoint::init(self.failpoints)?;
+        Ok(listen()?)
+    }
+
+    fn finish(
+        self,
+        options: &ServiceOptions,
+        level: LevelFilter,
+        work: impl Future<Output = anyhow::Result<()>>,
+    ) -> ExitCode {
+        match self.try_run(&options.log, level, work) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 self.print(options.log.log_format, &one_line(error.as_ref()));
@@ -77,23 +114,19 @@ impl Boot {
         }
     }
 
-    fn try_run<F, R, E>(self, log: &LogOptions, command: F) -> anyhow::Result<()>
-    where
-        F: FnOnce(Shutdown) -> R,
-        R: Future<Output = Result<(), E>>,
-        E: Into<anyhow::Error>,
-    {
+    fn try_run(
+        self,
+        log: &LogOptions,
+        level: LevelFilter,
+        work: impl Future<Output = anyhow::Result<()>>,
+    ) -> anyhow::Result<()> {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().enable_all().thread_name(self.name).build()?;
         let guard = {
             let _within = runtime.enter();
-            logs::init(self.name, log)?
+            logs::init(self.name, log, level)?
         };
-        let result = runtime.block_on(async {
-            failpoint::init(self.failpoints)?;
-            let shutdown = Shutdown::on_signals()?;
-            command(shutdown).await.map_err(Into::into)
-        });
+        let result = runtime.block_on(work);
         guard.flush();
         runtime.shutdown_timeout(RUNTIME_STOP_LIMIT);
         result

@@ -30,12 +30,10 @@ pub struct LogOptions {
     #[arg(long, env = "LOG_FORMAT", value_enum, default_value = "human", global = true)]
     pub log_format: LogFormat,
 
-    /// What to log: a level (error, warn, info, debug, trace), or levels by module such as `info,relay=debug`
-    #[arg(
-        long = "log", env = "RUST_LOG", value_name = "FILTER", default_value = "info", value_parser = parse_filter,
-        global = true
-    )]
-    pub log_filter: String,
+    /// What to log: a level (error, warn, info, debug, trace), or levels by module such as `info,relay=debug`; if not set,
+    /// info for a daemon and warn for a command
+    #[arg(long = "log", env = "RUST_LOG", value_name = "FILTER", value_parser = parse_filter, global = true)]
+    pub log_filter: Option<String>,
 
     /// OpenTelemetry collector that receives traces, such as `http://127.0.0.1:4318`; none by default
     #[arg(
@@ -77,13 +75,14 @@ pub struct LogGuard {
 
 /// Sends the process's logs to standard error, and its spans to the collector if there is one.
 ///
-/// `service` names the process in traces. With a collector, must be called within a Tokio runtime.
+/// `service` names the process in traces; `level` applies where the options have no filter. With a collector, must be called within a Tokio runtime.
 ///
 /// # Errors
 ///
 /// When an option is unusable or logs are set up already.
-pub fn init(service: &'static str, options: &LogOptions) -> Result<LogGuard, LogError> {
-    let filter = env_filter(&options.log_filter).map_err(LogError::Filter)?;
+pub fn init(service: &'static str, options: &LogOptions, level: LevelFilter) -> Result<LogGuard, LogError> {
+    let filter =
+        env_filter(options.log_filter.as_deref().unwrap_or_default(), level).map_err(LogError::Filter)?;
     let endpoint = options.otlp_endpoint.as_deref().filter(|endpoint| !endpoint.is_empty());
     let provider =
         endpoint.map(|endpoint| otlp::provider(service, endpoint)).transpose().map_err(LogError::Otlp)?;
@@ -128,13 +127,13 @@ fn is_ours(metadata: &Metadata<'_>) -> bool {
     !EXPORT.iter().any(|target| metadata.target().starts_with(target))
 }
 
-fn env_filter(text: &str) -> Result<EnvFilter, ParseError> {
-    EnvFilter::builder().with_default_directive(LevelFilter::INFO.into()).parse(text)
+fn env_filter(text: &str, level: LevelFilter) -> Result<EnvFilter, ParseError> {
+    EnvFilter::builder().with_default_directive(level.into()).parse(text)
 }
 
 /// Refuses a bad filter while the command line is read, where the error names the variable.
 fn parse_filter(text: &str) -> Result<String, ParseError> {
-    env_filter(text).map(|_valid| text.to_owned())
+    env_filter(text, LevelFilter::INFO).map(|_valid| text.to_owned())
 }
 
 #[cfg(test)]
@@ -142,11 +141,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn filters_are_checked_and_an_empty_one_means_info() {
+    fn filters_are_checked_and_an_empty_one_means_the_level_given() {
         for text in ["info", "warn,relay=debug", "relay[claim]=trace"] {
             assert_eq!(parse_filter(text).unwrap(), text);
         }
-        assert_eq!(env_filter("").unwrap().to_string(), "info");
+        assert_eq!(env_filter("", LevelFilter::WARN).unwrap().to_string(), "warn");
         assert!(parse_filter("relay=loud").is_err());
     }
 }

@@ -200,14 +200,20 @@ fn note(sender: &watch::Sender<Link>, event: &Event) {
             tracing::info!("connected to NATS");
             sender.send_modify(|link| link.connected = true);
         }
-        Event::Disconnected | Event::Closed => {
+        Event::Disconnected => {
             tracing::warn!("connection to NATS lost");
-            sender.send_modify(|link| *link = Link { connected: false, epoch: link.epoch + 1 });
+            lose(sender);
         }
+        // By us: attempts to connect again have no limit.
+        Event::Closed => lose(sender),
         Event::ServerError(error) => tracing::warn!(%error, "NATS reports an error"),
         Event::ClientError(error) => tracing::debug!(%error, "NATS client reports an error"),
         Event::SlowConsumer(_) | Event::LameDuckMode | Event::Draining => tracing::debug!(%event, "NATS"),
     }
+}
+
+fn lose(sender: &watch::Sender<Link>) {
+    sender.send_modify(|link| *link = Link { connected: false, epoch: link.epoch + 1 });
 }
 
 fn is_refusal(error: &async_nats::ConnectError) -> bool {

@@ -3,7 +3,7 @@
 use std::{future::Future, io, time::Duration};
 
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -34,15 +34,11 @@ impl Shutdown {
     /// When the operating system refuses the signal handlers.
     pub fn on_signals() -> io::Result<Self> {
         let shutdown = Self::new();
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut terminate = signal(SignalKind::terminate())?;
+        let mut signals = Signals::listen()?;
         let asked = shutdown.clone();
         tokio::spawn(async move {
             loop {
-                let (name, code) = tokio::select! {
-                    _ = interrupt.recv() => ("SIGINT", EXIT_SIGINT),
-                    _ = terminate.recv() => ("SIGTERM", EXIT_SIGTERM),
-                };
+                let (name, code) = signals.next().await;
                 if asked.is_requested() {
                     tracing::warn!(signal = name, "second {name} while stopping: exiting at once");
                     std::process::exit(code);
@@ -52,6 +48,16 @@ impl Shutdown {
             }
         });
         Ok(shutdown)
+    }
+
+    /// Carries out `work` unless it is time to stop first; then `work` is dropped at the point it had reached, and there is
+    /// no result.
+    pub async fn or_done<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        tokio::select! {
+            biased;
+            () = self.requested() => None,
+            done = work => Some(done),
+        }
     }
 
     /// Asks everything that holds this request to stop.
@@ -75,6 +81,42 @@ impl Shutdown {
     pub fn token(&self) -> &CancellationToken {
         &self.token
     }
+}
+
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn listen() -> io::Result<Self> {
+        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    }
+
+    /// The name of the next signal, and the exit code that goes with it.
+    async fn next(&mut self) -> (&'static str, i32) {
+        tokio::select! {
+            _ = self.interrupt.recv() => ("SIGINT", EXIT_SIGINT),
+            _ = self.terminate.recv() => ("SIGTERM", EXIT_SIGTERM),
+        }
+    }
+}
+
+/// Ends the process at once on SIGTERM or SIGINT, with code 143 or 130: for commands that have nothing to finish. Without it
+/// the first process of a container would not be ended by these signals at all.
+///
+/// Must be called within a Tokio runtime.
+///
+/// # Errors
+///
+/// When the operating system refuses the signal handlers.
+pub fn exit_on_signals() -> io::Result<()> {
+    let mut signals = Signals::listen()?;
+    tokio::spawn(async move {
+        let (_, code) = signals.next().await;
+        std::process::exit(code);
+    });
+    Ok(())
 }
 
 /// Gives `work` (such as `tracker.wait()` of a closed `TaskTracker`) at most `limit` to finish, and logs how it went.

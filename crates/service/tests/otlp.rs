@@ -10,6 +10,7 @@ use std::{
 };
 
 use service::{logs, trace};
+use tracing::level_filters::LevelFilter;
 
 #[derive(clap::Parser)]
 struct Cli {
@@ -46,7 +47,7 @@ fn the_last_spans_are_flushed_to_the_collector() {
 
     let cli: Cli = service::parse_from(["demo", "--log=info", "--otlp-endpoint", &endpoint]).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-    let guard = runtime.block_on(async { logs::init("demo", &cli.log) }).unwrap();
+    let guard = runtime.block_on(async { logs::init("demo", &cli.log, LevelFilter::INFO) }).unwrap();
     let traceparent =
         tracing::info_span!("publishing").in_scope(trace::current_traceparent).expect("a trace");
     guard.flush();

@@ -2,6 +2,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use async_nats::jetstream;
 use cache::Redis;
 use service::nats::Nats;
 use service::{Health, HttpServer, Limits, Metrics, Shutdown, drain};
@@ -9,6 +10,7 @@ use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
 use crate::dead::DeadLetters;
+use crate::debezium::Debezium;
 use crate::supervisor::Supervisor;
 use crate::worker::{self, Shared};
 use crate::{Config, broker, debezium, resolver};
@@ -19,21 +21,20 @@ const STALL_AFTER: Duration = Duration::from_secs(30);
 /// Without a turn of its loop for this long the process should be restarted.
 const DEAD_AFTER: Duration = Duration::from_mins(10);
 
+/// How often a subscriber that starts before the relay looks whether the stream is there.
+const STREAM_POLL: Duration = Duration::from_millis(100);
+
 /// Runs the subscriber until shutdown is requested, then finishes the batches in hand.
 ///
 /// # Errors
 /// What is wrong with the configuration or the surroundings at the start, naming what to fix. Other trouble is waited out.
 pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     config.check()?;
-    let redis = config.connect_redis()?;
-    refuse_wrong_credentials(&redis)
-        .await
-        .with_context(|| format!("REDIS_URL (--redis-url) {} cannot be used", config.redis_url))?;
-    let nats = Nats::connect(&config.nats, "subscriber", config.startup_timeout).await?;
-    let jetstream = broker::jetstream(&nats);
-    wait_for_stream(&jetstream, &config, &shutdown).await?;
-    broker::ensure_dead_stream(&jetstream).await?;
-    let debezium = debezium::prepare(&config, &jetstream, &redis).await?;
+    let Some(opened) = shutdown.or_done(Box::pin(open(&config))).await else {
+        tracing::info!("stopped while starting");
+        return Ok(());
+    };
+    let Opened { redis, nats, jetstream, debezium } = opened?;
 
     let metrics = Metrics::install()?;
     crate::metrics::describe();
@@ -79,6 +80,28 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     Ok(watched?)
 }
 
+/// What the subscriber works with.
+struct Opened {
+    redis: Redis,
+    nats: Nats,
+    jetstream: jetstream::Context,
+    debezium: Option<Debezium>,
+}
+
+/// Connects to the servers and looks whether they are what the subscriber needs. Nothing to be undone when it is dropped.
+async fn open(config: &Config) -> anyhow::Result<Opened> {
+    let redis = config.connect_redis()?;
+    refuse_wrong_credentials(&redis)
+        .await
+        .with_context(|| format!("REDIS_URL (--redis-url) {} cannot be used", config.redis_url))?;
+    let nats = Nats::connect(&config.nats, "subscriber", config.startup_timeout).await?;
+    let jetstream = broker::jetstream(&nats);
+    wait_for_stream(&jetstream, config).await?;
+    broker::ensure_dead_stream(&jetstream).await?;
+    let debezium = debezium::prepare(config, &jetstream, &redis).await?;
+    Ok(Opened { redis, nats, jetstream, debezium })
+}
+
 /// A Redis that is down is waited for; one that refuses us needs the operator.
 async fn refuse_wrong_credentials(redis: &Redis) -> Result<(), cache::RedisError> {
     match redis.ping().await {
@@ -93,11 +116,7 @@ async fn refuse_wrong_credentials(redis: &Redis) -> Result<(), cache::RedisError
 
 /// The relay creates the stream; whoever starts both at once need not care about the order. Who has Debezium's events to
 /// apply may have no relay at all.
-async fn wait_for_stream(
-    jetstream: &async_nats::jetstream::Context,
-    config: &Config,
-    shutdown: &Shutdown,
-) -> Result<(), broker::BrokerError> {
+async fn wait_for_stream(jetstream: &jetstream::Context, config: &Config) -> Result<(), broker::BrokerError> {
     let started = tokio::time::Instant::now();
     loop {
         match broker::stream(jetstream).await {
@@ -105,9 +124,6 @@ async fn wait_for_stream(
             Err(broker::BrokerError::NoStream) if started.elapsed() < config.startup_timeout => {}
             other => return other.map(drop),
         }
-        tokio::select! {
-            () = shutdown.requested() => return Ok(()),
-            () = tokio::time::sleep(Duration::from_millis(100)) => {}
-        }
+        tokio::time::sleep(STREAM_POLL).await;
     }
 }

@@ -43,7 +43,8 @@ impl Scene {
             .env("RELAY_STARTUP_TIMEOUT", "1s")
             .env("SUBSCRIBER_STARTUP_TIMEOUT", "1s")
             .env("SUBSCRIBER_REDIS_TIMEOUT", "1s")
-            .env("NO_COLOR", "1");
+            .env("NO_COLOR", "1")
+            .env_remove("RUST_LOG");
         command.envs(wrong.iter().copied());
         tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()
     }
@@ -185,13 +186,21 @@ async fn http_address_in_use_is_named() {
 async fn admin_commands_answer() {
     let scene = Scene::start().await;
     let text = |output: Output| {
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        // Who asks wants the answer and nothing else.
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+        assert!(output.status.success());
         String::from_utf8_lossy(&output.stdout).into_owned()
     };
     assert!(text(scene.run("relay", &["migrate"], &[]).await).contains("current"));
     let status = text(scene.run("relay", &["status"], &[]).await);
     assert!(status.contains("backlog       0 events") && status.contains("not reachable"), "{status}");
     assert!(text(scene.run("relay", &["dead", "list"], &[]).await).contains("no dead letters"));
+    let config = r#"{"name":"INVALIDATIONS","subjects":["invalidation.>"],"retention":"limits","storage":"file",
+        "max_bytes":-1,"max_age":0,"max_consumers":-1,"num_replicas":1,"discard":"new"}"#;
+    scene.stack.nats.request("$JS.API.STREAM.CREATE.INVALIDATIONS", config).await.unwrap();
+    assert!(text(scene.run("relay", &["status"], &[]).await).contains("INVALIDATIONS"));
+    assert!(text(scene.run("subscriber", &["status"], &[]).await).contains("does not exist yet"));
+    scene.stack.nats.request("$JS.API.STREAM.DELETE.INVALIDATIONS", "").await.unwrap();
     let doctor = scene.run("relay", &["doctor"], &[]).await;
     let report = String::from_utf8_lossy(&doctor.stdout).into_owned();
     assert!(report.contains("ok  claim          uses the index events_pkey"), "{report}");
