@@ -61,7 +61,7 @@ pub async fn execute(command: Command, config: &Config) -> anyhow::Result<()> {
     let url = config.database_url()?;
     let pool = database::connect(url, 2, config.startup_timeout.min(PATIENCE)).await?;
     if matches!(command, Command::Migrate) {
-        outbox::migrate(&pool).await?;
+        database::migrate(&pool, url).await?;
         println!("schema `outbox` is installed and current");
         return Ok(());
     }

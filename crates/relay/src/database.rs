@@ -23,6 +23,12 @@ const RELEASE_PATIENCE: Duration = Duration::from_secs(2);
 /// How long Postgres may take to answer what should take milliseconds.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long the attempt may take that finds out why there is no connection.
+const EXPLAIN_PATIENCE: Duration = Duration::from_secs(2);
+
+/// SQLSTATE insufficient_privilege.
+const LACKS_RIGHT: &str = "42501";
+
 /// How long a connection is suspect after one of the pool fell silent.
 const SUSPECT_FOR: Duration = Duration::from_mins(1);
 
@@ -90,6 +96,26 @@ pub enum DatabaseError {
         #[source]
         source: sqlx::Error,
     },
+    /// The role lacks a right.
+    #[error(
+        "the role that DATABASE_URL {url} names lacks a right; run the grants of the README, section Roles"
+    )]
+    Forbidden {
+        /// The URL, without its password.
+        url: SecretUrl,
+        /// What the server said.
+        #[source]
+        source: sqlx::Error,
+    },
+    /// It answers something else than what was asked.
+    #[error("Postgres at {url} does not say what is installed in the schema `outbox`")]
+    Unexpected {
+        /// The URL, without its password.
+        url: SecretUrl,
+        /// What the server said.
+        #[source]
+        source: sqlx::Error,
+    },
     /// Nobody answers there.
     #[error(
         "cannot connect to Postgres at {url} within {waited:?}; check DATABASE_URL and that the server runs"
@@ -140,21 +166,61 @@ pub async fn connect(url: &SecretUrl, connections: u32, patience: Duration) -> R
             Ok(pool) => return Ok(pool),
             Err(error) => error,
         };
-        if is_refusal(&source) {
-            return Err(DatabaseError::Refused { url: url.clone(), source });
-        }
+        let source = match refusal(url, source) {
+            Ok(refused) => return Err(refused),
+            Err(source) => source,
+        };
         let delay = backoff.next_delay();
         if started.elapsed() + delay >= patience {
+            let source = explain(&options, source).await;
             return Err(DatabaseError::Unreachable { url: url.clone(), waited: patience, source });
         }
         tokio::time::sleep(delay).await;
     }
 }
 
-/// Authorization failures (class 28) and a database that does not exist (3D000); not a server that is still starting.
-fn is_refusal(error: &sqlx::Error) -> bool {
-    let code = error.as_database_error().and_then(|error| error.code());
-    code.is_some_and(|code| code.starts_with("28") || code == "3D000")
+/// The pool tries again by itself, and in the end says only that it took too long: one plain attempt says why.
+async fn explain(options: &PgConnectOptions, error: sqlx::Error) -> sqlx::Error {
+    if !matches!(error, sqlx::Error::PoolTimedOut) {
+        return error;
+    }
+    match timeout(EXPLAIN_PATIENCE, PgConnection::connect_with(options)).await {
+        Ok(Err(cause)) => cause,
+        Ok(Ok(_)) | Err(_) => error,
+    }
+}
+
+/// What the operator has to change: a missing right (42501), authorization failures (class 28) and a database that does not
+/// exist (3D000). Anything else is given back, such as a server that is still starting.
+fn refusal(url: &SecretUrl, source: sqlx::Error) -> Result<DatabaseError, sqlx::Error> {
+    let code = source.as_database_error().and_then(|error| error.code()).unwrap_or_default();
+    let url = url.clone();
+    if code == LACKS_RIGHT {
+        Ok(DatabaseError::Forbidden { url, source })
+    } else if code.starts_with("28") || code == "3D000" {
+        Ok(DatabaseError::Refused { url, source })
+    } else {
+        Err(source)
+    }
+}
+
+/// Installs or upgrades the schema `outbox`.
+///
+/// # Errors
+/// What [`outbox::migrate`] says, and what to do if the role may not.
+pub async fn migrate(pool: &PgPool, url: &SecretUrl) -> anyhow::Result<()> {
+    outbox::migrate(pool).await.map_err(|error| {
+        let error = anyhow::Error::from(error);
+        let code = |cause: &sqlx::Error| cause.as_database_error()?.code().map(Into::into);
+        let codes = error.chain().filter_map(|cause| code(cause.downcast_ref()?));
+        if codes.into_iter().any(|code: String| code == LACKS_RIGHT) {
+            let hint =
+                "the role that DATABASE_URL names lacks a right; run the grants of the README, section Roles";
+            error.context(format!("{hint} ({url})"))
+        } else {
+            error
+        }
+    })
 }
 
 /// Makes sure the schema is there and new enough, trying again for up to `patience` while the connection is lost: a
@@ -171,7 +237,8 @@ pub async fn check_schema(pool: &PgPool, url: &SecretUrl, patience: Duration) ->
             Err(error) => error,
         };
         if !is_interruption(&source) {
-            return Err(DatabaseError::Refused { url: url.clone(), source });
+            return Err(refusal(url, source)
+                .unwrap_or_else(|source| DatabaseError::Unexpected { url: url.clone(), source }));
         }
         let delay = backoff.next_delay();
         if started.elapsed() + delay >= patience {

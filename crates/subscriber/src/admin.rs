@@ -134,14 +134,23 @@ async fn status(redis: &Redis, mut stream: Stream, config: &Config) -> anyhow::R
     println!("lag           {}", lag(&stream, applied, seen.last_seq).await);
     match (record, position) {
         (_, Some(position)) => {
-            let until = DateTime::from_timestamp_micros(position.acked_until_us).unwrap_or_default();
-            println!("applied       everything published until {}", until.to_rfc3339());
+            println!("applied       {}", applied_until(&position, seen.last_seq));
             println!("redis         {}", position.instances.into_iter().collect::<Vec<_>>().join(", "));
         }
         (Ok(_), None) => println!("applied       nothing recorded in this Redis yet"),
         (Err(error), None) => println!("redis         not reachable: {error}"),
     }
     Ok(())
+}
+
+fn applied_until(position: &Position, last_seq: u64) -> String {
+    match DateTime::from_timestamp_micros(position.acked_until_us) {
+        Some(until) if position.acked_until_us > 0 => {
+            format!("everything published until {}", until.to_rfc3339())
+        }
+        _ if last_seq == 0 => "nothing was published yet".to_owned(),
+        _ => "nothing yet, or what has expired since".to_owned(),
+    }
 }
 
 /// Age of the oldest message that is not applied.

@@ -54,9 +54,16 @@ impl Scene {
 async fn relay_names_what_is_wrong_with_its_surroundings() {
     let scene = Scene::start().await;
     let url = scene.stack.create_database("bare").await.unwrap();
-    let cases: [Case<'_>; 7] = [
+    let poor = scene.stack.postgres_url().replace("postgres@", "poor@");
+    let pool = sqlx::PgPool::connect(&scene.stack.postgres_url()).await.unwrap();
+    sqlx::raw_sql("create role poor login").execute(&pool).await.unwrap();
+    let cases: [Case<'_>; 8] = [
         (&[("DATABASE_URL", "")], &["DATABASE_URL"]),
-        (&[("DATABASE_URL", "postgres://app:hunter2@127.0.0.1:1/x")], &["DATABASE_URL", "127.0.0.1:1"]),
+        (
+            &[("DATABASE_URL", "postgres://app:hunter2@127.0.0.1:1/x")],
+            &["DATABASE_URL", "127.0.0.1:1", "Connection refused"],
+        ),
+        (&[("DATABASE_URL", &poor)], &["poor@", "Roles", "permission denied"]),
         (&[("DATABASE_URL", &url.replace("/bare", "/nowhere"))], &["DATABASE_URL", "database"]),
         (&[("DATABASE_URL", &url)], &["relay migrate"]),
         (&[("NATS_URL", "nats://app:hunter2@127.0.0.1:1")], &["NATS_URL", "127.0.0.1:1"]),
@@ -70,6 +77,9 @@ async fn relay_names_what_is_wrong_with_its_surroundings() {
         }
         assert!(!error.contains("hunter2"), "the password is printed: {error}");
     }
+    let bare = url.replace("postgres@", "poor@");
+    let error = scene.failure("relay", &["migrate"], &[("DATABASE_URL", &bare)]).await;
+    assert!(error.contains("Roles") && error.contains("permission denied"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -200,6 +210,12 @@ async fn admin_commands_answer() {
     scene.stack.nats.request("$JS.API.STREAM.CREATE.INVALIDATIONS", config).await.unwrap();
     assert!(text(scene.run("relay", &["status"], &[]).await).contains("INVALIDATIONS"));
     assert!(text(scene.run("subscriber", &["status"], &[]).await).contains("does not exist yet"));
+    let environment = [("NATS_URL", scene.stack.nats_url()), ("REDIS_URL", scene.stack.redis_url())];
+    let subscriber = tests::Daemon::spawn(scene.stack.directory(), "subscriber", &environment).unwrap();
+    subscriber.until_ready().await;
+    let status = text(scene.run("subscriber", &["status"], &[]).await);
+    assert!(status.contains("nothing was published yet") && !status.contains("1970"), "{status}");
+    subscriber.process().terminate().await.unwrap();
     scene.stack.nats.request("$JS.API.STREAM.DELETE.INVALIDATIONS", "").await.unwrap();
     let doctor = scene.run("relay", &["doctor"], &[]).await;
     let report = String::from_utf8_lossy(&doctor.stdout).into_owned();
