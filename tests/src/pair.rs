@@ -91,7 +91,7 @@ impl Pair {
     /// If the database refuses.
     pub async fn enqueue(&self, keys: &[&str]) -> anyhow::Result<()> {
         let mut tx = self.pool.begin().await?;
-        let _ = outbox::enqueue(&mut tx, &Event::delete(keys.iter().copied())?).await?;
+        outbox::enqueue(&mut tx, &Event::delete(keys.iter().copied())?).await?;
         tx.commit().await?;
         Ok(())
     }

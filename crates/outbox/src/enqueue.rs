@@ -17,7 +17,6 @@ impl std::fmt::Display for Xid {
 
 /// What the database said of an enqueued event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[must_use = "a strict write needs the receipt"]
 pub struct Receipt {
     /// Identity of the event.
     pub event_id: EventId,

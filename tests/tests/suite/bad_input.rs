@@ -101,7 +101,7 @@ async fn event_of_ten_thousand_keys_arrives_whole_through_a_small_max_payload() 
     pair.fill_many("many", 0..10_000).await.unwrap();
     let event = Event::delete((0..10_000).map(|number| format!("many:{number}"))).unwrap();
     let mut tx = pair.pool.begin().await.unwrap();
-    let _ = outbox::enqueue(&mut tx, &event).await.unwrap();
+    outbox::enqueue(&mut tx, &event).await.unwrap();
     tx.commit().await.unwrap();
     pair.until_none("many:*").await;
     assert_eq!(pair.dead_letters().await.unwrap(), 0);
@@ -116,8 +116,8 @@ async fn update_above_max_payload_becomes_a_dead_letter_that_can_be_replayed_and
     pair.fill("large").await.unwrap();
     let large = Event::update("large", vec![b'x'; 100_000], 1, Duration::from_secs(60)).unwrap();
     let mut tx = pair.pool.begin().await.unwrap();
-    let _ = outbox::enqueue(&mut tx, &large).await.unwrap();
-    let _ = outbox::enqueue(&mut tx, &Event::delete(["small"]).unwrap()).await.unwrap();
+    outbox::enqueue(&mut tx, &large).await.unwrap();
+    outbox::enqueue(&mut tx, &Event::delete(["small"]).unwrap()).await.unwrap();
     tx.commit().await.unwrap();
     pair.until_none("small").await;
     pair.until_outbox_empty().await;

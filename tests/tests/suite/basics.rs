@@ -25,7 +25,7 @@ async fn rolled_back_event_is_never_published() {
     pair.fill("user:1").await.unwrap();
     pair.fill("user:2").await.unwrap();
     let mut tx = pair.pool.begin().await.unwrap();
-    let _ = outbox::enqueue(&mut tx, &Event::delete(["user:1"]).unwrap()).await.unwrap();
+    outbox::enqueue(&mut tx, &Event::delete(["user:1"]).unwrap()).await.unwrap();
     tx.rollback().await.unwrap();
     // An event behind it shows that the pair has been past it.
     pair.enqueue(&["user:2"]).await.unwrap();
@@ -43,7 +43,7 @@ async fn topic_and_trace_of_the_writer_travel_with_the_event() {
         .with_traceparent(Traceparent::new(trace).unwrap());
     pair.fill("order:7").await.unwrap();
     let mut tx = pair.pool.begin().await.unwrap();
-    let _ = outbox::enqueue(&mut tx, &event).await.unwrap();
+    outbox::enqueue(&mut tx, &event).await.unwrap();
     tx.commit().await.unwrap();
     pair.until_none("order:7").await;
     let nats = async_nats::connect(pair.stack.nats_url()).await.unwrap();
@@ -60,7 +60,7 @@ async fn the_same_event_enqueued_in_two_transactions_is_delivered_twice() {
     for _ in 0..2 {
         pair.fill("board").await.unwrap();
         let mut tx = pair.pool.begin().await.unwrap();
-        let _ = outbox::enqueue(&mut tx, &event).await.unwrap();
+        outbox::enqueue(&mut tx, &event).await.unwrap();
         tx.commit().await.unwrap();
         pair.until_none("board").await;
     }

@@ -144,9 +144,9 @@ async fn serialization_failure_of_the_writer_takes_its_event_along_and_the_retry
     let begin = "begin isolation level serializable";
     let mut winner = pair.pool.begin_with(begin).await.unwrap();
     let mut loser = pair.pool.begin_with(begin).await.unwrap();
-    let _ = outbox::enqueue(&mut loser, &Event::delete(["loser"]).unwrap()).await.unwrap();
+    outbox::enqueue(&mut loser, &Event::delete(["loser"]).unwrap()).await.unwrap();
     sqlx::query("update users set name = 'b' where id = 1").execute(&mut *winner).await.unwrap();
-    let _ = outbox::enqueue(&mut winner, &Event::delete(["winner"]).unwrap()).await.unwrap();
+    outbox::enqueue(&mut winner, &Event::delete(["winner"]).unwrap()).await.unwrap();
     winner.commit().await.unwrap();
     let failure =
         sqlx::query("update users set name = 'c' where id = 1").execute(&mut *loser).await.unwrap_err();
@@ -172,8 +172,7 @@ async fn everything_works_through_pgbouncer_in_transaction_mode_with_one_server_
     pair.fill_many("pooled", 0..102).await.unwrap();
     for number in 0..100 {
         let mut tx = pool.begin().await.unwrap();
-        let _ =
-            outbox::enqueue(&mut tx, &Event::delete([format!("pooled:{number}")]).unwrap()).await.unwrap();
+        outbox::enqueue(&mut tx, &Event::delete([format!("pooled:{number}")]).unwrap()).await.unwrap();
         tx.commit().await.unwrap();
     }
     let mut tx = pool.begin().await.unwrap();
@@ -263,7 +262,7 @@ async fn claim_takes_no_more_bytes_than_it_was_told_but_always_one_row() {
         let event =
             Event::update(format!("k:{number}").as_str(), vec![7; 100_000], 1, Duration::from_secs(60))
                 .unwrap();
-        let _ = outbox::enqueue(&mut tx, &event).await.unwrap();
+        outbox::enqueue(&mut tx, &event).await.unwrap();
     }
     tx.commit().await.unwrap();
     for (max_bytes, rows) in [(1, 1), (250_000, 3), (10_000_000, 5)] {
@@ -327,7 +326,7 @@ async fn producers_need_no_more_rights_than_they_use() {
     let options: PgConnectOptions = pair.stack.postgres_url().parse().unwrap();
     let mut producer = PgConnection::connect_with(&options.clone().username("producer")).await.unwrap();
     let mut tx = producer.begin().await.unwrap();
-    let _ = outbox::enqueue(&mut tx, &Event::delete(["produced"]).unwrap()).await.unwrap();
+    outbox::enqueue(&mut tx, &Event::delete(["produced"]).unwrap()).await.unwrap();
     tx.commit().await.unwrap();
     assert!(sqlx::query("select keys from outbox.events").execute(&mut producer).await.is_err());
     pair.fill("produced:by-sql").await.unwrap();

@@ -123,7 +123,7 @@ async fn each_role_can_do_its_work() {
     roles.removes(&relay, &app, insert).await;
     roles.removes(&relay, &app, "truncate users").await;
     let mut tx = app.begin().await.unwrap();
-    let _ = outbox::enqueue(&mut tx, &Event::delete(["user:1"]).unwrap()).await.unwrap();
+    outbox::enqueue(&mut tx, &Event::delete(["user:1"]).unwrap()).await.unwrap();
     tx.commit().await.unwrap();
     for command in [&["status"][..], &["doctor"], &["dead", "list"], &["dead", "discard", "--all"]] {
         roles.relay("outbox_relay", command).await;

@@ -83,7 +83,7 @@ impl Stage {
             .bind(user)
             .execute(&mut *tx)
             .await?;
-        let _receipt = outbox::enqueue(&mut tx, &Event::delete([key(user)])?).await?;
+        outbox::enqueue(&mut tx, &Event::delete([key(user)])?).await?;
         let enqueued = Instant::now();
         tx.commit().await?;
         Ok(Committed { began, enqueued, at: Zero::now() })
@@ -97,7 +97,7 @@ impl Stage {
             .bind(user)
             .execute(&mut *tx)
             .await?;
-        let _receipt = outbox::enqueue(&mut tx, &Event::delete([key(user)])?).await?;
+        outbox::enqueue(&mut tx, &Event::delete([key(user)])?).await?;
         tx.rollback().await?;
         Ok(Zero::now())
     }

@@ -126,7 +126,7 @@ impl Writer {
             .execute(&mut *tx)
             .await?;
         if self.way == Way::Outbox {
-            let _receipt = outbox::enqueue(&mut tx, &Event::delete([events::key(number)])?).await?;
+            outbox::enqueue(&mut tx, &Event::delete([events::key(number)])?).await?;
         }
         Ok(tx.commit().await?)
     }

@@ -107,7 +107,7 @@ async fn transact(connection: &mut PgConnection, account: i32, extra: Extra) -> 
     match extra {
         Extra::Nothing | Extra::EnqueueWithin | Extra::InsertWithin => {}
         Extra::Enqueue => {
-            let _receipt = outbox::enqueue(&mut tx, &Event::delete([key])?).await?;
+            outbox::enqueue(&mut tx, &Event::delete([key])?).await?;
         }
         Extra::BareInsert => {
             sqlx::query("insert into bare (key) values ($1) returning id")
