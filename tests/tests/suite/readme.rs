@@ -85,6 +85,20 @@ fn every_metric_of_dashboard_and_alerts_exists() {
     }
 }
 
+/// Whoever is woken by an alert looks at the dashboard next.
+#[test]
+fn every_metric_that_alerts_is_on_the_dashboard() {
+    let alerts = read("deploy/alerts.yml");
+    let dashboard = read("deploy/grafana/dashboards/cache-invalidation.json");
+    let queries: String = dashboard.lines().filter(|line| line.contains("\"expr\":")).collect();
+    for prefix in ["relay_", "subscriber_"] {
+        let shown = names(&queries, prefix);
+        let missing: Vec<&str> = names(&alerts, prefix).difference(&shown).copied().collect();
+        assert!(missing.is_empty(), "alerts use {missing:?}, which no panel shows");
+        assert!(shown.len() > 10, "{shown:?}");
+    }
+}
+
 #[test]
 fn every_variable_and_command_of_the_compose_file_exists() {
     let text = read("docker-compose.yml");
