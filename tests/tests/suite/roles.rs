@@ -136,12 +136,37 @@ async fn each_role_can_do_its_work() {
 async fn the_role_of_the_wal_relay_reads_the_log() {
     let roles = Roles::create().await;
     let owner = roles.pool("outbox_admin").await;
-    run(&owner, "create publication outbox_relay for table users with (publish_via_partition_root = true)")
-        .await
-        .unwrap();
+    run(&owner, "create publication outbox_relay for table users").await.unwrap();
     let (relay, _subscriber) = roles.pair("outbox_wal_relay", &[("RELAY_SOURCE", "wal".to_owned())]).await;
     let app = roles.pool("app").await;
     roles.removes(&relay, &app, "insert into users values (1, 'Ada')").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_are_hidden_from_the_role_of_the_wal_relay_cost_the_namespaces_of_expand() {
+    let roles = Roles::create().await;
+    let superuser = roles.pool("postgres").await;
+    run(&superuser, "create table lines (order_id int, user_id int); insert into lines values (5, 1)")
+        .await
+        .unwrap();
+    run(&superuser, "grant select on lines to outbox_relay").await.unwrap();
+    let expand = "[[table.expand]]\nsql = \"select 'order:' || order_id from lines where user_id = any($1)\"
+        namespaces = ['order:']";
+    std::fs::write(roles.rules(), format!("{RULES}{expand}")).unwrap();
+    let owner = roles.pool("outbox_admin").await;
+    run(&owner, "create publication outbox_relay for table users").await.unwrap();
+    let (relay, _subscriber) = roles.pair("outbox_wal_relay", &[("RELAY_SOURCE", "wal".to_owned())]).await;
+    run(&superuser, "alter table lines enable row level security").await.unwrap();
+    roles.stack.redis.command(&["SET", "order:5", "cached"]).await.unwrap();
+    roles.removes(&relay, &roles.pool("app").await, "insert into users values (1, 'Ada')").await;
+    eventually(SETTLED, async || {
+        match roles.stack.redis.command(&["EXISTS", "order:5"]).await.unwrap().as_str() {
+            "0" => Ok(()),
+            _ => Err(relay.process().log()),
+        }
+    })
+    .await;
+    assert!(relay.process().log().contains("row-level security"), "{}", relay.process().log());
 }
 
 #[tokio::test(flavor = "multi_thread")]
