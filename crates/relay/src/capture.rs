@@ -12,16 +12,20 @@ mod opening;
 mod pump;
 mod reader;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use metrics::{counter, gauge};
 use rules::Rules;
 use service::{Backoff, Component, Shutdown};
-use wal::Assembler;
+use tokio::sync::Notify;
+use wal::publication::Tables;
 use wal::session::{SessionError, Settings};
+use wal::slot;
+use wal::{Assembler, Lsn};
 
 use crate::config::CaptureConfig;
+use crate::database::{PATIENCE, within};
 use crate::metrics as names;
 use crate::worker::Shared;
 
@@ -63,6 +67,27 @@ pub struct Capture {
     pub rules: Arc<Rules>,
     /// How to connect for replication.
     pub settings: Settings,
+    /// What is being read.
+    pub reading: Reading,
+}
+
+/// What reader and monitor know of each other.
+#[derive(Debug, Default)]
+pub struct Reading {
+    /// The tables as they were when the stream began; nothing while nothing is read.
+    tables: Mutex<Option<Arc<Tables>>>,
+    /// The publication has changed: the stream is to be opened anew.
+    drifted: Notify,
+}
+
+impl Reading {
+    fn set(&self, tables: Option<Arc<Tables>>) {
+        *self.tables.lock().unwrap_or_else(PoisonError::into_inner) = tables;
+    }
+
+    fn tables(&self) -> Option<Arc<Tables>> {
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 /// Why the log is not read at the moment.
@@ -74,6 +99,25 @@ enum CaptureError {
     Read(#[from] ReadError),
     #[error(transparent)]
     Pump(#[from] PumpError),
+    #[error("the publication was changed while it was read")]
+    Drifted,
+}
+
+impl CaptureError {
+    /// Whether the publication, which was there a moment ago, did not exist at the position of the slot: Postgres looks it
+    /// up as of there, and will say the same for ever. A slot that is missing sounds the same, and has no position.
+    fn lacks_publication(&self) -> bool {
+        matches!(
+            self,
+            Self::Open(OpenError::Session(SessionError::Missing(_)))
+                | Self::Read(ReadError::Session(SessionError::Missing(_)))
+        )
+    }
+}
+
+async fn position_of_slot(capture: &Capture) -> Option<Lsn> {
+    let found = within(PATIENCE, slot::find(&capture.shared.pool, &capture.config.slot)).await;
+    found.ok().flatten().map(|state| state.confirmed)
 }
 
 /// Runs until shutdown is requested, with everything confirmed that was published.
@@ -83,9 +127,11 @@ pub async fn run(capture: Arc<Capture>, health: Component, shutdown: Shutdown) {
     let mut streaming = true;
     let mut halted = None;
     let mut told = None;
+    let mut unreadable = None;
     while !shutdown.is_requested() {
         gauge!(names::CAPTURE_ACTIVE).set(0.0);
-        let pause = match read_on(&capture, streaming, &health, &shutdown).await {
+        capture.reading.set(None);
+        let pause = match read_on(&capture, streaming, unreadable, &health, &shutdown).await {
             Ok(()) => continue,
             Err(CaptureError::Open(OpenError::Session(SessionError::SlotActive(_)))) => {
                 tracing::debug!(slot = capture.config.slot, "another relay reads the slot; standing by");
@@ -119,6 +165,9 @@ pub async fn run(capture: Arc<Capture>, health: Component, shutdown: Shutdown) {
             }
             Err(error) => {
                 halted = None;
+                if error.lacks_publication() {
+                    unreadable = position_of_slot(&capture).await.or(unreadable);
+                }
                 counter!(names::CAPTURE_RECONNECTS).increment(1);
                 let error = service::one_line(&error);
                 tracing::warn!(error, "the write-ahead log is not read; trying again");
@@ -150,10 +199,12 @@ fn report_halt(capture: &Capture, gap: &Gap, halted: &mut Option<Gap>) {
 async fn read_on(
     capture: &Arc<Capture>,
     streaming: bool,
+    unreadable: Option<Lsn>,
     health: &Component,
     shutdown: &Shutdown,
 ) -> Result<(), CaptureError> {
-    let Opened { stream, tables, expanders, timeline } = opening::open(capture, streaming, health).await?;
+    let Opened { stream, tables, expanders, timeline } =
+        opening::open(capture, streaming, unreadable, health).await?;
     tracing::info!(
         slot = capture.config.slot,
         publication = capture.config.publication,
@@ -165,15 +216,19 @@ async fn read_on(
     let (sender, receiver) = reader::channel();
     let primary_keys =
         expanders.iter().map(|expander| Some(expander.as_ref()?.column().to_owned())).collect();
-    let assembler = Assembler::new(Arc::clone(&capture.rules), tables.clone(), primary_keys);
+    let tables = Arc::new(tables);
+    let assembler = Assembler::new(Arc::clone(&capture.rules), Tables::clone(&tables), primary_keys);
     let pump = Pump::new(Arc::clone(capture), expanders, timeline, confirmer, health.clone());
     let mut pump = Box::pin(pump.run(receiver));
     let catalog =
         Catalog { pool: &capture.shared.pool, publication: &capture.config.publication, tables: &tables };
+    capture.reading.set(Some(Arc::clone(&tables)));
     let reading = reader::read(stream, assembler, &catalog, sender, shutdown);
     let end = tokio::select! {
         end = reading => end?,
         pumped = &mut pump => return Ok(pumped?),
+        // What was read and is not settled is read again.
+        () = capture.reading.drifted.notified() => return Err(CaptureError::Drifted),
     };
     // The reader has let go of its end, so the pump comes to an end when everything is published.
     let ReadEnd { stream } = end;

@@ -85,6 +85,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
             config: config.capture.clone(),
             rules,
             settings,
+            reading: capture::Reading::default(),
         });
         tasks.spawn(capture::run(Arc::clone(&capture), health.component("wal", limits), shutdown.clone()));
         tasks.spawn(capture::monitor(capture, health.component("slot", limits), shutdown.clone()));

@@ -4,6 +4,7 @@ mod alarm;
 mod basics;
 mod commands;
 mod doctor;
+mod drift;
 mod expand;
 mod failover;
 mod faults;

@@ -4,6 +4,7 @@ use event::MAX_NAMESPACES;
 use metrics::counter;
 use outbox::capture::{self as recorded, Position};
 use service::Component;
+use wal::Lsn;
 use wal::session::Identity;
 use wal::slot::{self, SlotState};
 
@@ -24,6 +25,9 @@ pub enum Gap {
     /// The slot has passed changes that were not published.
     #[error("the slot is ahead of what was published: it was created again, or somebody else read it")]
     Ahead,
+    /// What the slot decodes next was committed while there was no publication.
+    #[error("the publication did not exist at the position of the slot: it was dropped and created again")]
+    NoPublication,
     /// This is another cluster.
     #[error("this is another Postgres cluster than the one that was read")]
     OtherCluster,
@@ -33,13 +37,23 @@ fn failover(failed_over: bool) -> &'static str {
     if failed_over { " (Postgres has failed over to a server without it)" } else { "" }
 }
 
-/// Compares what was recorded with what is there.
-pub(super) fn find(before: Option<&Position>, slot: Option<&SlotState>, now: &Identity) -> Option<Gap> {
+/// Compares what was recorded with what is there. `unreadable` is the position from which the slot could not be read for
+/// want of a publication.
+pub(super) fn find(
+    before: Option<&Position>,
+    slot: Option<&SlotState>,
+    now: &Identity,
+    unreadable: Option<Lsn>,
+) -> Option<Gap> {
     if slot.is_some_and(SlotState::is_lost) {
         return Some(Gap::Lost);
     }
     // Nothing was read yet, so nothing is missing.
     let before = before?;
+    // Created again by now, the slot is at another position.
+    if slot.is_some_and(|slot| unreadable == Some(slot.confirmed)) {
+        return Some(Gap::NoPublication);
+    }
     if before.system_id != now.system_id {
         return Some(Gap::OtherCluster);
     }
@@ -64,11 +78,15 @@ pub(super) async fn close(
     }
     let pool = &capture.shared.pool;
     let name = &capture.config.slot;
-    let usable = existing.filter(|state| !state.is_lost());
+    let usable = existing.filter(|state| !state.is_lost() && gap != Gap::NoPublication);
     let begins_at = match usable {
         Some(state) => state.confirmed,
         None => {
-            slot::discard_lost(pool, name).await?;
+            if gap == Gap::NoPublication {
+                slot::discard(pool, name).await?;
+            } else {
+                slot::discard_lost(pool, name).await?;
+            }
             create_slot(capture, health).await?
         }
     };
@@ -96,8 +114,6 @@ async fn flush(capture: &Capture, health: &Component) {
 
 #[cfg(test)]
 mod tests {
-    use wal::Lsn;
-
     use super::*;
 
     fn slot(confirmed: u64, wal_status: &str) -> SlotState {
@@ -121,7 +137,7 @@ mod tests {
     #[test]
     fn every_way_to_miss_changes_is_found_and_nothing_else() {
         let before = Position { system_id: "a".to_owned(), timeline: 1, confirmed: 100 };
-        let find = |slot: Option<&SlotState>, now| find(Some(&before), slot, &now);
+        let find = |slot: Option<&SlotState>, now| find(Some(&before), slot, &now, None);
         assert_eq!(find(Some(&slot(100, "reserved")), identity("a", 1)), None);
         assert_eq!(find(Some(&slot(90, "extended")), identity("a", 1)), None, "it goes on from before");
         assert_eq!(find(Some(&slot(101, "reserved")), identity("a", 1)), Some(Gap::Ahead));
@@ -134,6 +150,10 @@ mod tests {
             None,
             "a slot that failed over as well"
         );
-        assert_eq!(super::find(None, None, &identity("a", 1)), None, "the first start");
+        let unreadable =
+            |at| super::find(Some(&before), Some(&slot(100, "reserved")), &identity("a", 1), Some(Lsn(at)));
+        assert_eq!(unreadable(100), Some(Gap::NoPublication));
+        assert_eq!(unreadable(99), None, "another slot by now");
+        assert_eq!(super::find(None, None, &identity("a", 1), None), None, "the first start");
     }
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use metrics::gauge;
 use service::{Component, Shutdown};
+use wal::publication::{self, Drift};
 use wal::slot::{self, SlotState};
 
 use super::Capture;
@@ -18,14 +19,22 @@ const INTERVAL: Duration = Duration::from_secs(2);
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(10);
 const HEARTBEAT_LAG_BYTES: i64 = 1024 * 1024;
 
+/// How often the publication is compared with the rules while the log is read.
+const DRIFT_INTERVAL: Duration = Duration::from_secs(10);
+
 /// Measures until shutdown is requested. The component is not ready while the slot is further behind than the limit.
 pub async fn monitor(capture: Arc<Capture>, health: Component, shutdown: Shutdown) {
     let mut behind_since = None;
     let mut heartbeat_at = Instant::now();
+    let mut compared_at = Instant::now();
     health.ready();
     while !shutdown.is_requested() {
         match within(PATIENCE, slot::find(&capture.shared.pool, &capture.config.slot)).await {
             Ok(state) => {
+                if compared_at.elapsed() >= DRIFT_INTERVAL {
+                    compared_at = Instant::now();
+                    compare(&capture).await;
+                }
                 judge(&capture, state.as_ref(), &mut behind_since, &health);
                 let lag = state.map_or(0, |state| state.lag_bytes);
                 if lag > HEARTBEAT_LAG_BYTES && heartbeat_at.elapsed() >= HEARTBEAT_INTERVAL {
@@ -45,6 +54,26 @@ pub async fn monitor(capture: Arc<Capture>, health: Component, shutdown: Shutdow
             () = shutdown.requested() => {}
             () = tokio::time::sleep(INTERVAL) => {}
         }
+    }
+}
+
+/// Looks whether what is read is still everything that the rules are about: a publication can be altered, and a table
+/// replaced by another of its name, without a word in the log. If not, the reader begins anew, which corrects the
+/// publication. Whoever stands by, perhaps with other rules, leaves it alone.
+async fn compare(capture: &Capture) {
+    let Some(tables) = capture.reading.tables() else { return };
+    let name = &capture.config.publication;
+    let drift = publication::drift_since(&capture.shared.pool, name, &capture.rules, &tables);
+    match within(PATIENCE, drift).await {
+        // A publication that is too wide lacks nothing.
+        Ok(None | Some(Drift::TooWide)) => {}
+        Ok(Some(drift)) => {
+            tracing::warn!(
+                "publication {name} {drift} any more, so that changes may be missing; reading anew"
+            );
+            capture.reading.drifted.notify_one();
+        }
+        Err(error) => tracing::debug!(%error, "could not compare the publication with the rules"),
     }
 }
 

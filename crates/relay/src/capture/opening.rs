@@ -169,6 +169,7 @@ async fn ready_publication(
 pub(super) async fn open(
     capture: &Capture,
     streaming: bool,
+    unreadable: Option<Lsn>,
     health: &Component,
 ) -> Result<Opened, OpenError> {
     let pool = &capture.shared.pool;
@@ -198,7 +199,19 @@ pub(super) async fn open(
         Some(_) => within(PATIENCE, recorded::position(pool, &config.slot)).await?,
         None => None,
     };
-    ready_slot(capture, &facts, before, existing, &identity, health).await?;
+    let found = gap::find(before.as_ref(), existing.as_ref(), &identity, unreadable);
+    match found {
+        Some(gap) => gap::close(capture, gap, existing, &identity, health).await?,
+        None => {
+            // The position was forgotten: what is missing is accepted, and the slot still cannot be read.
+            let dead = existing.as_ref().is_some_and(|state| unreadable == Some(state.confirmed));
+            if dead {
+                slot::discard(pool, &config.slot).await?;
+            }
+            let existing = existing.filter(|_| !dead);
+            ready_slot(capture, &facts, before, existing, &identity, health).await?;
+        }
+    }
     let options = StreamOptions {
         slot: &config.slot,
         publication: &config.publication,
@@ -215,7 +228,7 @@ async fn in_time<T>(answer: impl Future<Output = Result<T, SessionError>>) -> Re
     answered.unwrap_or(Err(SessionError::TimedOut(CONNECT_PATIENCE)))
 }
 
-/// After this the slot exists, and everything it has passed is published or, by the gap policy, flushed.
+/// After this the slot exists and its position is recorded. There must be no gap.
 async fn ready_slot(
     capture: &Capture,
     facts: &ServerFacts,
@@ -226,10 +239,6 @@ async fn ready_slot(
 ) -> Result<(), OpenError> {
     let pool = &capture.shared.pool;
     let name = &capture.config.slot;
-    let found = gap::find(before.as_ref(), existing.as_ref(), identity);
-    if let Some(gap) = found {
-        return gap::close(capture, gap, existing, identity, health).await;
-    }
     let begins_at = match existing {
         Some(state) => state.confirmed,
         None => {

@@ -80,3 +80,37 @@ async fn a_position_that_is_recorded_nowhere_is_an_error_and_not_settled() {
     let error = outbox::capture::settle(&pair.pool, "forgotten", 7, &settlement).await.unwrap_err();
     assert!(matches!(error, sqlx::Error::RowNotFound), "{error}");
 }
+
+/// Something is committed while there is no publication. The relay makes a new one, which does not help: Postgres looks
+/// it up as of then.
+async fn publication_is_dropped_while_nobody_reads(pair: &Pair) {
+    fence(pair).await;
+    pair.relay.process().kill().unwrap();
+    until_unread(pair).await;
+    pair.fill("user:1:profile").await.unwrap();
+    sql(pair, "drop publication outbox_relay").await;
+    sql(pair, "update users set name = 'missed' where id = 1").await;
+    pair.relay.process().start().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_publication_that_was_missing_for_a_while_is_a_gap_that_can_be_accepted() {
+    let pair = captured(USERS, USER_RULES, &[]).await;
+    publication_is_dropped_while_nobody_reads(&pair).await;
+    until_not_ready_because(&pair, "the publication did not exist at the position of the slot").await;
+    let (ok, text) = super::relay(&pair, &["slot", "accept-gap"], &[]).await;
+    assert!(ok, "{text}");
+    pair.relay.until_ready().await;
+    until_read(&pair).await;
+    fence(&pair).await;
+    assert!(pair.relay.metric("relay_wal_gaps_total").await.unwrap() >= 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_publication_that_was_missing_for_a_while_costs_what_the_rules_can_name_if_asked_to() {
+    let pair = captured(USERS, USER_RULES, &[FLUSH]).await;
+    publication_is_dropped_while_nobody_reads(&pair).await;
+    pair.until_none("user:*").await;
+    until_read(&pair).await;
+    fence(&pair).await;
+}

@@ -165,7 +165,8 @@ async fn judge_rules(pool: &PgPool, config: &Config) -> anyhow::Result<Vec<Findi
                 .map_or("is for exactly the tables of the rules".to_owned(), |drift| format!("{drift}"))
         ),
         drift.is_none(),
-        "a relay with --source wal corrects it when it starts, unless it is for all tables: drop it then",
+        "the relay that reads the log corrects it within seconds, and declares stale what was missing, unless it is for all tables: \
+         drop it then",
     ));
     Ok(findings)
 }
