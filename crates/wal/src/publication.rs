@@ -295,7 +295,9 @@ async fn compare(
                     where t.pubname = p.pubname and not exists (
                         select from pg_publication_rel r where r.prpubid = p.oid and (r.prrelid = c.oid
                             or r.prrelid in (select relid from pg_partition_ancestors(c.oid))))),
-                p.pubinsert and p.pubupdate and p.pubdelete and p.pubtruncate and not p.pubviaroot,
+                p.pubinsert and p.pubupdate and p.pubdelete and p.pubtruncate and not (p.pubviaroot and exists (
+                    select from pg_publication_rel r join pg_class c on c.oid = r.prrelid
+                    where r.prpubid = p.oid and c.relkind = 'p')),
                 array(select prrelid::bigint from pg_publication_rel where prpubid = p.oid),
                 array(select prrelid::bigint from pg_publication_rel r where prpubid = p.oid
                     and num_nonnulls(to_jsonb(r) ->> 'prqual', to_jsonb(r) ->> 'prattrs') > 0)
