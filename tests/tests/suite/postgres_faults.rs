@@ -181,7 +181,10 @@ async fn everything_works_through_pgbouncer_in_transaction_mode_with_one_server_
     outbox::testing::assert_enqueued(&mut tx, "pooled:101").await;
     tx.commit().await.unwrap();
     pair.until_none("pooled:*").await;
-    assert!(relay.metric("relay_database_failures_total").await.unwrap() < 1.0, "{}", relay.process().log());
+    // The keeper's statements outside a transaction may fail now and then, and are repeated; claims must not.
+    assert!(relay.metric("relay_claims_total{result=\"rows\"}").await.unwrap() >= 1.0);
+    let failed = relay.metric("relay_claims_total{result=\"failed\"}").await.unwrap();
+    assert!(failed < 1.0, "{}", relay.process().log());
 }
 
 #[tokio::test(flavor = "multi_thread")]
