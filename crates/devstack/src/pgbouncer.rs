@@ -90,6 +90,7 @@ impl PgBouncer {
     }
 }
 
+/// Connections take turns: what is wrong with sharing them shows at once, not under load only.
 fn configuration(postgres: SocketAddr, port: u16, mode: PoolMode, pool_size: u32) -> String {
     let mode = match mode {
         PoolMode::Session => "session",
@@ -99,7 +100,7 @@ fn configuration(postgres: SocketAddr, port: u16, mode: PoolMode, pool_size: u32
     format!(
         "[databases]\n* = host={} port={} user={SUPERUSER}\n\
          [pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n\
-         pool_mode = {mode}\ndefault_pool_size = {pool_size}\nmax_client_conn = 1000\n\
+         pool_mode = {mode}\nserver_round_robin = 1\ndefault_pool_size = {pool_size}\nmax_client_conn = 1000\n\
          ignore_startup_parameters = extra_float_digits\n",
         postgres.ip(),
         postgres.port(),

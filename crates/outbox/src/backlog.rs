@@ -3,6 +3,8 @@
 use chrono::{DateTime, Utc};
 use sqlx::{PgPool, Row};
 
+use crate::statement::whole;
+
 /// Rows that wait to be published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Backlog {
@@ -29,14 +31,12 @@ impl Backlog {
 /// # Errors
 /// Whatever the database says.
 pub async fn measure(pool: &PgPool, count_limit: i64) -> Result<Backlog, sqlx::Error> {
-    let row = sqlx::query(
-        "select (select count(*) from (select from outbox.events limit $1) counted),
+    let row = whole(format!(
+        "select (select count(*) from (select from outbox.events limit {count_limit}) counted),
                 (select least(greatest(created_at, timestamptz 'epoch'), clock_timestamp())
                     from outbox.events order by seq limit 1),
-                clock_timestamp()",
-    )
-    .persistent(false)
-    .bind(count_limit)
+                clock_timestamp()"
+    ))
     .fetch_one(pool)
     .await?;
     Ok(Backlog { events: row.try_get(0)?, oldest: row.try_get(1)?, now: row.try_get(2)? })
@@ -58,13 +58,12 @@ pub struct Throughput {
 /// # Errors
 /// Whatever the database says.
 pub async fn throughput(pool: &PgPool) -> Result<Throughput, sqlx::Error> {
-    let row = sqlx::query(
+    let row = whole(
         "select coalesce(sum(events) filter (where recent), 0)::float8 / 60,
                 count(*) filter (where recent)::float8 / 60, max(published_at)
          from (select events, published_at, published_at > clock_timestamp() - interval '1 minute' as recent
                from outbox.published) p",
     )
-    .persistent(false)
     .fetch_one(pool)
     .await?;
     Ok(Throughput {

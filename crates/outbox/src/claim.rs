@@ -7,6 +7,7 @@ use sqlx::{AssertSqlSafe, PgPool, Postgres, Row, Transaction};
 use uuid::Uuid;
 
 use crate::enqueue::update_columns;
+use crate::statement::whole;
 
 /// How to claim.
 #[derive(Debug, Clone, Copy)]
@@ -110,7 +111,7 @@ pub async fn wait_for_events(
 ) -> Result<bool, sqlx::Error> {
     let [min, max, patience] = [min_pause, max_pause.min(PATIENCE), PATIENCE].map(|time| time.as_secs_f64());
     let sql = format!("select outbox.wait_for_events({from_seq}, {min}, {max}, {patience})");
-    sqlx::raw_sql(AssertSqlSafe(sql)).fetch_one(pool).await?.try_get(0)
+    whole(sql).fetch_one(pool).await?.try_get(0)
 }
 
 impl Claim {

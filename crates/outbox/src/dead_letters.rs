@@ -5,6 +5,8 @@ use event::EventId;
 use sqlx::postgres::PgRow;
 use sqlx::{PgPool, Row};
 
+use crate::statement::whole;
+
 /// One event that was set aside.
 #[derive(Debug, Clone)]
 pub struct DeadLetter {
@@ -26,19 +28,16 @@ pub struct DeadLetter {
     pub reason: String,
 }
 
+const SELECT: &str = "
+    select id, topic, array_replace(keys, null, ''), octet_length(value), version, created_at, dead_at, reason
+    from outbox.dead_letters";
+
 /// The newest dead letters, up to `limit`.
 ///
 /// # Errors
 /// Whatever the database says.
 pub async fn list(pool: &PgPool, limit: i64) -> Result<Vec<DeadLetter>, sqlx::Error> {
-    let rows = sqlx::query(
-        "select id, topic, array_replace(keys, null, ''), octet_length(value), version, created_at, dead_at, reason
-         from outbox.dead_letters order by dead_at desc limit $1",
-    )
-    .persistent(false)
-    .bind(limit)
-    .fetch_all(pool)
-    .await?;
+    let rows = whole(format!("{SELECT} order by dead_at desc limit {limit}")).fetch_all(pool).await?;
     rows.iter().map(read).collect()
 }
 
@@ -47,14 +46,7 @@ pub async fn list(pool: &PgPool, limit: i64) -> Result<Vec<DeadLetter>, sqlx::Er
 /// # Errors
 /// Whatever the database says.
 pub async fn find(pool: &PgPool, id: EventId) -> Result<Option<DeadLetter>, sqlx::Error> {
-    let row = sqlx::query(
-        "select id, topic, array_replace(keys, null, ''), octet_length(value), version, created_at, dead_at, reason
-         from outbox.dead_letters where id = $1",
-    )
-    .persistent(false)
-    .bind(id.0)
-    .fetch_optional(pool)
-    .await?;
+    let row = whole(format!("{SELECT} where id = '{}'", id.0)).fetch_optional(pool).await?;
     row.as_ref().map(read).transpose()
 }
 
@@ -63,11 +55,7 @@ pub async fn find(pool: &PgPool, id: EventId) -> Result<Option<DeadLetter>, sqlx
 /// # Errors
 /// Whatever the database says.
 pub async fn count(pool: &PgPool) -> Result<i64, sqlx::Error> {
-    sqlx::query("select count(*) from outbox.dead_letters")
-        .persistent(false)
-        .fetch_one(pool)
-        .await?
-        .try_get(0)
+    whole("select count(*) from outbox.dead_letters").fetch_one(pool).await?.try_get(0)
 }
 
 /// Puts dead letters back into the outbox, all of them or the given ones. Says how many.
@@ -78,15 +66,13 @@ pub async fn count(pool: &PgPool) -> Result<i64, sqlx::Error> {
 /// # Errors
 /// Whatever the database says; nothing has changed then.
 pub async fn replay(pool: &PgPool, ids: Option<&[EventId]>) -> Result<u64, sqlx::Error> {
-    let done = sqlx::query(
+    let done = whole(format!(
         "with back as (
-            delete from outbox.dead_letters
-            where ($1::uuid[] is null or id = any($1)) and cardinality(keys) > 0 returning *)
+            delete from outbox.dead_letters where {} and cardinality(keys) > 0 returning *)
          insert into outbox.events (id, topic, keys, value, version, ttl_ms, xid, traceparent, created_at, namespace)
          select outbox.new_id(), topic, keys, value, version, ttl_ms, xid, traceparent, created_at, namespace from back",
-    )
-    .persistent(false)
-    .bind(ids.map(uuids))
+        chosen(ids)
+    ))
     .execute(pool)
     .await?;
     Ok(done.rows_affected())
@@ -97,16 +83,19 @@ pub async fn replay(pool: &PgPool, ids: Option<&[EventId]>) -> Result<u64, sqlx:
 /// # Errors
 /// Whatever the database says.
 pub async fn discard(pool: &PgPool, ids: Option<&[EventId]>) -> Result<u64, sqlx::Error> {
-    let done = sqlx::query("delete from outbox.dead_letters where $1::uuid[] is null or id = any($1)")
-        .persistent(false)
-        .bind(ids.map(uuids))
-        .execute(pool)
-        .await?;
+    let done = whole(format!("delete from outbox.dead_letters where {}", chosen(ids))).execute(pool).await?;
     Ok(done.rows_affected())
 }
 
-fn uuids(ids: &[EventId]) -> Vec<uuid::Uuid> {
-    ids.iter().map(|id| id.0).collect()
+/// The condition that is true of the given ones, or of all.
+fn chosen(ids: Option<&[EventId]>) -> String {
+    match ids {
+        None => "true".to_owned(),
+        Some(ids) => {
+            let ids: Vec<String> = ids.iter().map(|id| id.0.to_string()).collect();
+            format!("id = any('{{{}}}'::uuid[])", ids.join(","))
+        }
+    }
 }
 
 fn read(row: &PgRow) -> Result<DeadLetter, sqlx::Error> {

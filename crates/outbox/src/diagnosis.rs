@@ -6,6 +6,7 @@ use chrono::{DateTime, Utc};
 use sqlx::{AssertSqlSafe, PgPool, Row};
 
 use crate::claim::{PLANNER, TAKE};
+use crate::statement::whole;
 
 /// What the doctor looks at.
 #[derive(Debug, Clone)]
@@ -50,7 +51,7 @@ pub struct OldTransaction {
 /// # Errors
 /// Whatever the database says.
 pub async fn facts(pool: &PgPool) -> Result<Facts, sqlx::Error> {
-    let row = sqlx::query(
+    let row = whole(
         "select current_setting('server_version'), current_setting('server_version_num')::integer,
                 current_setting('autovacuum')::boolean and not exists (
                     select from pg_class where oid = 'outbox.events'::regclass
@@ -59,7 +60,6 @@ pub async fn facts(pool: &PgPool) -> Result<Facts, sqlx::Error> {
                 pg_total_relation_size('outbox.events'), current_setting('synchronous_commit'), clock_timestamp()
          from (select 1) one left join pg_stat_all_tables s on s.relid = 'outbox.events'::regclass",
     )
-    .persistent(false)
     .fetch_one(pool)
     .await?;
     Ok(Facts {
@@ -90,7 +90,7 @@ async fn claim_plan(pool: &PgPool) -> Result<Vec<String>, sqlx::Error> {
 }
 
 async fn oldest_transaction(pool: &PgPool) -> Result<Option<OldTransaction>, sqlx::Error> {
-    let row = sqlx::query(
+    let row = whole(
         "select pid, coalesce(application_name, ''), coalesce(state, ''),
                 extract(epoch from clock_timestamp() - xact_start)::float8
          from pg_stat_activity
@@ -98,7 +98,6 @@ async fn oldest_transaction(pool: &PgPool) -> Result<Option<OldTransaction>, sql
            and (backend_xmin is not null or backend_xid is not null)
          order by xact_start limit 1",
     )
-    .persistent(false)
     .fetch_optional(pool)
     .await?;
     row.map(|row| {

@@ -11,6 +11,7 @@ mod enqueue;
 mod migrate;
 pub mod outcome;
 pub mod retention;
+mod statement;
 pub mod testing;
 
 pub use claim::{Claim, ClaimOptions, Claimed, Poison, wait_for_events};

@@ -1,6 +1,8 @@
 use sqlx::migrate::Migrator;
 use sqlx::{PgPool, Row};
 
+use crate::statement::whole;
+
 static EMBEDDED: Migrator = sqlx::migrate!("./migrations");
 
 /// Table of applied migrations. In our own schema: the application may use sqlx migrations as well.
@@ -50,16 +52,11 @@ pub async fn migrate(pool: &PgPool) -> Result<(), MigrateError> {
 /// Whatever the database says, such as a refused connection.
 pub async fn schema_state(pool: &PgPool) -> Result<SchemaState, sqlx::Error> {
     let needed = EMBEDDED.migrations.iter().map(|migration| migration.version).max().unwrap_or(0);
-    let present = sqlx::query("select to_regclass($1) is not null")
-        .persistent(false)
-        .bind(TABLE)
-        .fetch_one(pool)
-        .await?;
+    let present = whole(format!("select to_regclass('{TABLE}') is not null")).fetch_one(pool).await?;
     if !present.try_get::<bool, _>(0)? {
         return Ok(SchemaState::Missing);
     }
-    let installed: i64 = sqlx::query("select coalesce(max(version), 0) from outbox.migrations where success")
-        .persistent(false)
+    let installed: i64 = whole("select coalesce(max(version), 0) from outbox.migrations where success")
         .fetch_one(pool)
         .await?
         .try_get(0)?;

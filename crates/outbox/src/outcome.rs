@@ -4,6 +4,7 @@ use event::nats::Outcome;
 use sqlx::{PgPool, Row};
 
 use crate::Xid;
+use crate::statement::whole;
 
 /// Numbers used up at most per question to find out whether Postgres has assigned a transaction id: a tenth of a second.
 const MAX_PROBES: usize = 1_000;
@@ -27,12 +28,18 @@ pub enum OutcomeError {
 /// (as long as a synchronous standby takes), and in old minor releases in general, `pg_xact_status` says `committed` of a
 /// transaction that new snapshots do not see. It is evaluated after the snapshot was taken, and raises an error for
 /// ids that were never assigned, so it is asked only about what the snapshot sees.
-const LOOK: &str = "
+fn look(xids: &[Xid]) -> String {
+    let ids: Vec<String> = xids.iter().map(Xid::to_string).collect();
+    format!(
+        "
     select pg_is_in_recovery(), x.xid < pg_snapshot_xmax(s.snapshot), pg_visible_in_snapshot(x.xid, s.snapshot),
            case when pg_visible_in_snapshot(x.xid, s.snapshot) then pg_xact_status(x.xid) end
     from (select pg_current_snapshot() as snapshot) s,
-         (select id::xid8 as xid, n from unnest($1::text[]) with ordinality ids (id, n)) x
-    order by x.n";
+         (select id::xid8 as xid, n from unnest('{{{}}}'::text[]) with ordinality ids (id, n)) x
+    order by x.n",
+        ids.join(",")
+    )
+}
 
 /// Says how each of `xids`, top-level transactions of this server, ended. In the order of the question.
 ///
@@ -46,8 +53,7 @@ const LOOK: &str = "
 /// # Errors
 /// [`OutcomeError`]. Cancel-safe.
 pub async fn outcomes(pool: &PgPool, xids: &[Xid]) -> Result<Vec<Outcome>, OutcomeError> {
-    let ids: Vec<String> = xids.iter().map(Xid::to_string).collect();
-    let rows = sqlx::query(LOOK).persistent(false).bind(ids).fetch_all(pool).await?;
+    let rows = whole(look(xids)).fetch_all(pool).await?;
     let mut outcomes = Vec::with_capacity(xids.len());
     let mut beyond = Vec::new();
     for (row, xid) in rows.iter().zip(xids) {
@@ -87,10 +93,7 @@ fn is_lost(xid: u64, assigned: u64) -> bool {
 async fn go_towards(pool: &PgPool, xid: u64) -> Result<u64, sqlx::Error> {
     let mut assigned = 0;
     for _ in 0..MAX_PROBES {
-        let row = sqlx::query("select pg_current_xact_id()::text::bigint")
-            .persistent(false)
-            .fetch_one(pool)
-            .await?;
+        let row = whole("select pg_current_xact_id()::text::bigint").fetch_one(pool).await?;
         assigned = row.try_get::<i64, _>(0)?.cast_unsigned();
         if assigned >= xid || is_lost(xid, assigned) {
             break;

@@ -13,6 +13,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, PgConnection, PgPool, Postgres, Row, Transaction};
 
 use crate::Claim;
+use crate::statement::{time, whole};
 
 /// One message as it was published.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -142,7 +143,7 @@ pub async fn keep(pool: &PgPool) -> Result<(), sqlx::Error> {
         "update outbox.retention set retained_since = clock_timestamp(), rotated_at = clock_timestamp()
          where retained_since >= {NEVER}"
     );
-    sqlx::query(AssertSqlSafe(sql)).persistent(false).execute(pool).await.map(drop)
+    whole(sql).execute(pool).await.map(drop)
 }
 
 /// Nothing is retained: to be said again and again by relays that publish without.
@@ -151,7 +152,7 @@ pub async fn keep(pool: &PgPool) -> Result<(), sqlx::Error> {
 /// Whatever the database says.
 pub async fn keep_nothing(pool: &PgPool) -> Result<(), sqlx::Error> {
     let sql = format!("update outbox.retention set retained_since = {NEVER} where retained_since < {NEVER}");
-    sqlx::query(AssertSqlSafe(sql)).persistent(false).execute(pool).await.map(drop)
+    whole(sql).execute(pool).await.map(drop)
 }
 
 /// What a stream must hold if it still holds all that it acknowledged.
@@ -173,16 +174,14 @@ pub async fn newest(
     created: DateTime<Utc>,
     last_seq: i64,
 ) -> Result<Option<Newest>, sqlx::Error> {
-    let row = sqlx::query(
+    let created = time(created);
+    let row = whole(format!(
         "select stream_seq, array_agg(message_id) from outbox.published
-         where stream_created = $1 and stream_seq = (
-            select stream_seq from outbox.published where stream_created = $1 and stream_seq <= $2
+         where stream_created = {created} and stream_seq = (
+            select stream_seq from outbox.published where stream_created = {created} and stream_seq <= {last_seq}
             order by stream_seq desc limit 1)
-         group by stream_seq",
-    )
-    .persistent(false)
-    .bind(created)
-    .bind(last_seq)
+         group by stream_seq"
+    ))
     .fetch_optional(pool)
     .await?;
     row.map(|row| Ok(Newest { stream_seq: row.try_get(0)?, message_ids: row.try_get(1)? })).transpose()
@@ -194,12 +193,11 @@ pub async fn newest(
 /// # Errors
 /// Whatever the database says.
 pub async fn mark_lost(pool: &PgPool, stream: StreamPosition) -> Result<u64, sqlx::Error> {
-    let done = sqlx::query(
-        "update outbox.published set stream_created = '-infinity' where stream_created = $1 and stream_seq > $2",
-    )
-    .persistent(false)
-    .bind(stream.created)
-    .bind(stream.last_seq)
+    let done = whole(format!(
+        "update outbox.published set stream_created = '-infinity' where stream_created = {} and stream_seq > {}",
+        time(stream.created),
+        stream.last_seq
+    ))
     .execute(pool)
     .await?;
     Ok(done.rows_affected())
@@ -210,13 +208,12 @@ pub async fn mark_lost(pool: &PgPool, stream: StreamPosition) -> Result<u64, sql
 /// # Errors
 /// Whatever the database says.
 pub async fn is_incomplete(pool: &PgPool, created: DateTime<Utc>) -> Result<bool, sqlx::Error> {
-    sqlx::query(
-        "select not exists (select from outbox.streams where created = $1)
-             or exists (select from outbox.published where stream_created < $1)
-             or exists (select from outbox.published where stream_created > $1)",
-    )
-    .persistent(false)
-    .bind(created)
+    let created = time(created);
+    whole(format!(
+        "select not exists (select from outbox.streams where created = {created})
+             or exists (select from outbox.published where stream_created < {created})
+             or exists (select from outbox.published where stream_created > {created})"
+    ))
     .fetch_one(pool)
     .await?
     .try_get(0)
@@ -298,13 +295,12 @@ impl Lost {
 /// # Errors
 /// Whatever the database says.
 pub async fn complete(pool: &PgPool, created: DateTime<Utc>) -> Result<(), sqlx::Error> {
-    sqlx::query(
+    whole(format!(
         "insert into outbox.streams (created, complete_since)
-         select $1, retained_since from outbox.retention
+         select {}, retained_since from outbox.retention
          on conflict (created) do nothing",
-    )
-    .persistent(false)
-    .bind(created)
+        time(created)
+    ))
     .execute(pool)
     .await
     .map(drop)
@@ -315,12 +311,11 @@ pub async fn complete(pool: &PgPool, created: DateTime<Utc>) -> Result<(), sqlx:
 /// # Errors
 /// Whatever the database says.
 pub async fn coverage(pool: &PgPool, created: DateTime<Utc>) -> Result<Coverage, sqlx::Error> {
-    let row = sqlx::query(
-        "select retained_since, (select complete_since from outbox.streams where created = $1)
+    let row = whole(format!(
+        "select retained_since, (select complete_since from outbox.streams where created = {})
          from outbox.retention",
-    )
-    .persistent(false)
-    .bind(created)
+        time(created)
+    ))
     .fetch_one(pool)
     .await?;
     Ok(Coverage { retained_since: row.try_get(0)?, complete_since: row.try_get(1)? })

@@ -105,7 +105,7 @@ pub enum DatabaseError {
         url: SecretUrl,
         /// What the server said.
         #[source]
-        source: sqlx::Error,
+        source: anyhow::Error,
     },
     /// It answers something else than what was asked.
     #[error("Postgres at {url} does not say what is installed in the schema `outbox`")]
@@ -196,7 +196,7 @@ fn refusal(url: &SecretUrl, source: sqlx::Error) -> Result<DatabaseError, sqlx::
     let code = source.as_database_error().and_then(|error| error.code()).unwrap_or_default();
     let url = url.clone();
     if code == LACKS_RIGHT {
-        Ok(DatabaseError::Forbidden { url, source })
+        Ok(DatabaseError::Forbidden { url, source: source.into() })
     } else if code.starts_with("28") || code == "3D000" {
         Ok(DatabaseError::Refused { url, source })
     } else {
@@ -210,15 +210,14 @@ fn refusal(url: &SecretUrl, source: sqlx::Error) -> Result<DatabaseError, sqlx::
 /// What [`outbox::migrate`] says, and what to do if the role may not.
 pub async fn migrate(pool: &PgPool, url: &SecretUrl) -> anyhow::Result<()> {
     outbox::migrate(pool).await.map_err(|error| {
-        let error = anyhow::Error::from(error);
-        let code = |cause: &sqlx::Error| cause.as_database_error()?.code().map(Into::into);
-        let codes = error.chain().filter_map(|cause| code(cause.downcast_ref()?));
-        if codes.into_iter().any(|code: String| code == LACKS_RIGHT) {
-            let hint =
-                "the role that DATABASE_URL names lacks a right; run the grants of the README, section Roles";
-            error.context(format!("{hint} ({url})"))
+        let source = anyhow::Error::from(error);
+        let lacks_right = |cause: &sqlx::Error| {
+            cause.as_database_error().and_then(|error| error.code()).is_some_and(|code| code == LACKS_RIGHT)
+        };
+        if source.chain().filter_map(|cause| cause.downcast_ref()).any(lacks_right) {
+            DatabaseError::Forbidden { url: url.clone(), source }.into()
         } else {
-            error
+            source
         }
     })
 }

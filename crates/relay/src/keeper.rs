@@ -44,10 +44,8 @@ pub struct Keeper {
     pub nats: Nats,
     /// JetStream.
     pub jetstream: jetstream::Context,
-    /// Where the workers learn of the stream.
-    pub stream: watch::Sender<Option<Usable>>,
-    /// Where the workers learn why there is none.
-    pub trouble: watch::Sender<String>,
+    /// Where the workers learn of the stream, or why there is none.
+    pub stream: watch::Sender<Result<Usable, String>>,
     /// Notified by a worker that could not publish.
     pub suspect: Arc<Notify>,
     /// Options.
@@ -115,8 +113,7 @@ impl Keeper {
     /// Until the stream has been looked at again nobody publishes: its identity goes into what is retained, and a
     /// message must never be recorded under the identity of a later stream.
     fn withdraw(&self, why: String) {
-        self.trouble.send_replace(why);
-        self.stream.send_replace(None);
+        let _before = self.stream.send_replace(Err(why));
     }
 
     fn disconnected(&self) {
@@ -154,8 +151,9 @@ impl Keeper {
                 }
             }
         }
-        if self.stream.borrow().is_none_or(|known| !same_stream(known, usable)) {
-            self.stream.send_replace(Some(usable));
+        let is_known = self.stream.borrow().as_ref().is_ok_and(|known| same_stream(*known, usable));
+        if !is_known {
+            let _before = self.stream.send_replace(Ok(usable));
         }
         gauge!(names::CONNECTED).set(1.0);
         if let Some(window) = self.config.retention() {

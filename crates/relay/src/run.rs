@@ -47,15 +47,13 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     let limits = Limits { stall_after: Some(STALL_AFTER), dead_after: Some(DEAD_AFTER) };
     let http = HttpServer::start(config.http_addr, health.clone(), metrics).await?;
 
-    let (stream_sender, stream_receiver) = watch::channel(None);
-    let (trouble_sender, trouble_receiver) = watch::channel("the stream was not looked at yet".to_owned());
+    let (stream_sender, stream_receiver) = watch::channel(Err("the stream was not looked at yet".to_owned()));
     let suspect = Arc::new(Notify::new());
     let keeper = Keeper {
         pool: pool.clone(),
         nats: nats.clone(),
         jetstream: jetstream.clone(),
         stream: stream_sender,
-        trouble: trouble_sender,
         suspect: Arc::clone(&suspect),
         config: config.clone(),
     };
@@ -64,7 +62,6 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         nats: nats.clone(),
         jetstream,
         stream: stream_receiver,
-        trouble: trouble_receiver,
         suspect_stream: suspect,
         more: Notify::new(),
         config: config.clone(),

@@ -46,10 +46,8 @@ pub struct Shared {
     pub nats: Nats,
     /// JetStream with the publish timeout.
     pub jetstream: jetstream::Context,
-    /// The stream, while it is usable.
-    pub stream: watch::Receiver<Option<Usable>>,
-    /// Why it is not usable, while it is not.
-    pub trouble: watch::Receiver<String>,
+    /// The stream while it is usable, and else why it is not.
+    pub stream: watch::Receiver<Result<Usable, String>>,
     /// Asks the keeper to look at the stream now.
     pub suspect_stream: Arc<Notify>,
     /// Wakes a resting worker: there is more than one can take.
@@ -162,30 +160,42 @@ pub async fn help(shared: Arc<Shared>, health: Component, sweeps: bool, shutdown
     }
 }
 
-/// Waits until broker and stream are usable; says `false` if that took waiting.
-async fn usable(shared: &Shared, health: &Component, shutdown: &Shutdown) -> bool {
-    if shared.nats.link().connected && shared.stream.borrow().is_some() {
-        return true;
+impl Shared {
+    /// What may be published to now, or why nothing may.
+    pub fn usable(&self) -> Result<Usable, String> {
+        if self.nats.link().connected { self.stream.borrow().clone() } else { Err(NOT_CONNECTED.to_owned()) }
     }
-    let mut stream = shared.stream.clone();
-    let mut trouble = shared.trouble.clone();
-    let comes_back = async {
-        shared.nats.connected().await;
-        let _ = stream.wait_for(Option::is_some).await;
-    };
-    tokio::pin!(comes_back);
-    loop {
-        let why = trouble.borrow_and_update().clone();
-        health.not_ready(if shared.nats.link().connected { why } else { NOT_CONNECTED.to_owned() });
-        health.idle();
-        tokio::select! {
-            () = shutdown.requested() => break,
-            () = &mut comes_back => break,
-            Ok(()) = trouble.changed() => {}
+
+    /// Waits until [`usable`](Self::usable) may say something else than that nothing may.
+    pub async fn usable_changed(&self) {
+        let mut stream = self.stream.clone();
+        stream.mark_unchanged();
+        if !self.nats.link().connected {
+            return self.nats.connected().await;
+        }
+        let is_by_now = stream.borrow().is_ok();
+        if !is_by_now && stream.changed().await.is_err() {
+            // Without the keeper the process is about to end.
+            std::future::pending().await
         }
     }
-    health.beat();
-    false
+}
+
+/// Waits until broker and stream are usable; says `false` if that took waiting.
+async fn usable(shared: &Shared, health: &Component, shutdown: &Shutdown) -> bool {
+    let mut waited = false;
+    while let Err(why) = shared.usable() {
+        waited = true;
+        health.not_ready(why);
+        health.idle();
+        if shutdown.or_done(shared.usable_changed()).await.is_none() {
+            break;
+        }
+    }
+    if waited {
+        health.beat();
+    }
+    !waited
 }
 
 async fn rest(pause: Duration, shutdown: &Shutdown) {
@@ -236,7 +246,7 @@ async fn wait_and_cycle(shared: &Shared, from: i64) -> Result<Option<Cycle>, Cyc
 
 /// Claims rows, publishes them and settles the claim. Whatever fails on the way gives the rows back.
 async fn cycle(shared: &Shared, from: i64) -> Result<Cycle, CycleError> {
-    let Some(stream) = *shared.stream.borrow() else { return Err(CycleError::NoStream) };
+    let stream = shared.usable().map_err(|_| CycleError::NoStream)?;
     let options = ClaimOptions {
         from_seq: from,
         limit: i64::from(shared.config.claim_limit),

@@ -4,9 +4,8 @@
 
 use std::collections::HashMap;
 
-use event::{Event, MAX_NAMESPACES, log_event};
 use rules::{Rules, TableRules};
-use sqlx::{AssertSqlSafe, PgPool, Row};
+use sqlx::{AssertSqlSafe, PgConnection, PgPool, Row};
 
 use crate::name::{InvalidName, check_name};
 
@@ -109,53 +108,28 @@ impl std::fmt::Display for Drift {
     }
 }
 
-/// Makes the publication be for exactly the tables of the rules, and declares stale what could be missing meanwhile: the
-/// namespaces of the affected tables, in the log and in the same transaction. Whether the replica identities suffice must
-/// have been checked before: a table without one would refuse its writers.
+/// Makes the publication be for exactly the tables of the rules, in a transaction in which the caller declares stale what
+/// may have been missing: returns the indexes of the rules whose tables are affected. Whether the replica identities
+/// suffice must have been checked before: a table without one would refuse its writers.
 ///
 /// # Errors
 /// [`PublicationError`].
 pub async fn correct(
-    pool: &PgPool,
+    tx: &mut PgConnection,
     name: &str,
     rules: &Rules,
     drift: &Drift,
-) -> Result<(), PublicationError> {
+) -> Result<Vec<usize>, PublicationError> {
     check_name(name)?;
-    let all = || (0..rules.tables().len()).collect();
     let (statement, affected) = match drift {
         Drift::TooWide => return Err(PublicationError::TooWide(name.to_owned())),
-        Drift::Missing => (create_statement(name, rules), all()),
+        Drift::Missing => (create_statement(name, rules), (0..rules.tables().len()).collect()),
         Drift::Differs(affected) => (alter_statement(name, rules), affected.clone()),
     };
-    let mut tx = pool.begin().await?;
-    if let Err(error) = sqlx::raw_sql(AssertSqlSafe(statement.clone())).execute(&mut *tx).await {
-        return Err(refused(name, statement, error));
+    match sqlx::raw_sql(AssertSqlSafe(statement.clone())).execute(tx).await {
+        Ok(_) => Ok(affected),
+        Err(error) => Err(refused(name, statement, error)),
     }
-    for table in affected.iter().filter_map(|&index| rules.tables().get(index)) {
-        for event in stale(table) {
-            // As text: see `slot::heartbeat`.
-            sqlx::query("select pg_logical_emit_message(true, $1, $2)::text")
-                .persistent(false)
-                .bind(log_event::PREFIX)
-                .bind(log_event::encode(&event))
-                .execute(&mut *tx)
-                .await?;
-        }
-    }
-    tx.commit().await?;
-    tracing::info!(publication = name, tables = rules.tables().len(), "set up the publication");
-    Ok(())
-}
-
-/// Events that declare everything stale that the rules of a table could name.
-fn stale(table: &TableRules) -> Vec<Event> {
-    let namespaces = crate::namespaces(table);
-    let events = namespaces.chunks(MAX_NAMESPACES).map(|namespaces| {
-        let names = namespaces.iter().map(event::CacheKey::as_str);
-        Event::delete_namespaces(names).ok().map(|event| event.with_topic(table.topic.clone()))
-    });
-    events.flatten().collect()
 }
 
 fn refused(name: &str, statement: String, source: sqlx::Error) -> PublicationError {

@@ -16,6 +16,7 @@ mod redis_faults;
 mod replays;
 mod resolver;
 mod roles;
+mod schema;
 mod stopping;
 mod stream_losses;
 mod strict;

@@ -1,10 +1,11 @@
 //! NATS is down, restarted, full, or loses its leader.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use devstack::{Nats, eventually};
 use outbox::Event;
-use tests::{Pair, PairOptions};
+use tests::{Pair, PairOptions, SETTLED};
 
 /// Far more than the relay needs, far less than a leak would take.
 const MAX_RSS_BYTES: u64 = 64 * 1024 * 1024;
@@ -69,16 +70,25 @@ async fn leader_of_a_three_node_cluster_killed_under_load_loses_nothing() {
         pair.another_subscriber(&[nats[0].clone(), ("SUBSCRIBER_DURABLE", "clustered".to_owned())]).unwrap();
     relay.until_ready().await;
     subscriber.until_ready().await;
-    let end = Instant::now() + Duration::from_secs(10);
+    let survived = AtomicBool::new(false);
+    let published_more = async |by: f64| {
+        let before = relay.metric("relay_events_published_total").await.unwrap();
+        eventually(SETTLED, async || {
+            relay.metric("relay_events_published_total").await.is_ok_and(|now| now >= before + by)
+        })
+        .await;
+    };
     let kills = async {
-        tokio::time::sleep(Duration::from_secs(2)).await;
-        let leader = eventually(Duration::from_secs(30), || cluster.stream_leader("INVALIDATIONS")).await;
+        published_more(100.0).await;
+        let leader = eventually(SETTLED, || cluster.stream_leader("INVALIDATIONS")).await;
         cluster.nodes[leader].kill().unwrap();
-        tokio::time::sleep(Duration::from_secs(4)).await;
+        published_more(100.0).await;
         cluster.nodes[leader].start().await.unwrap();
         cluster.wait_until_ready().await.unwrap();
+        published_more(100.0).await;
+        survived.store(true, Ordering::Relaxed);
     };
-    let (committed, ()) = tokio::join!(pair.load("leader", |_| Instant::now() >= end), kills);
+    let (committed, ()) = tokio::join!(pair.load("leader", |_| survived.load(Ordering::Relaxed)), kills);
     assert!(committed.unwrap() > 20);
     pair.until_outbox_empty().await;
     pair.until_none("leader:*").await;

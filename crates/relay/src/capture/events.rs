@@ -1,7 +1,8 @@
 //! From parts of transactions to events. Pure.
 
-use event::{CacheKey, Change, CommittedEvent, EventId, MAX_NAMESPACES, Topic, log_event};
+use event::{CacheKey, Change, CommittedEvent, Event, EventId, MAX_NAMESPACES, Topic, log_event};
 use outbox::{Claimed, Poison};
+use rules::TableRules;
 use uuid::{Builder, Uuid};
 use wal::{Commit, Piece};
 use xxhash_rust::xxh3::Xxh3;
@@ -51,10 +52,16 @@ pub(super) fn of_piece(piece: Piece, xid: u64) -> Events {
     made
 }
 
-/// Every key that begins with one of `namespaces` is stale, whatever transaction it was that is missing.
-pub(super) fn of_gap(topic: Topic, namespaces: Vec<CacheKey>) -> Claimed {
-    let at_us = chrono::Utc::now().timestamp_micros();
-    of_several(topic, namespaces, Change::Namespace, Vec::new(), at_us)
+/// Declares stale whatever the rules of a table can name: nobody knows which of its changes are missing.
+pub(super) fn of_missing_changes(table: &TableRules) -> Vec<Event> {
+    let namespaces = wal::namespaces(table);
+    let event = |namespaces: &[CacheKey]| {
+        let names = namespaces.iter().map(CacheKey::as_str);
+        let event =
+            Event::delete_namespaces(names).expect("they are valid, and no more than an event may name");
+        event.with_topic(table.topic.clone())
+    };
+    namespaces.chunks(MAX_NAMESPACES).map(event).collect()
 }
 
 /// What several transactions together invalidate.

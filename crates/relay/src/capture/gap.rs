@@ -1,6 +1,5 @@
 //! Changes that the slot cannot give any more: found, and answered by the gap policy.
 
-use event::MAX_NAMESPACES;
 use metrics::counter;
 use outbox::capture::{self as recorded, Position};
 use service::Component;
@@ -9,6 +8,7 @@ use wal::session::Identity;
 use wal::slot::{self, SlotState};
 
 use super::Capture;
+use super::events::{of_missing_changes, of_several};
 use super::opening::{OpenError, create_slot, position};
 use crate::config::GapPolicy;
 use crate::metrics as names;
@@ -101,13 +101,11 @@ pub(super) async fn close(
 
 /// Publishes the namespaces of all rules.
 async fn flush(capture: &Capture, health: &Component) {
-    let mut events = Vec::new();
-    for table in capture.rules.tables() {
-        let namespaces = wal::namespaces(table);
-        for namespaces in namespaces.chunks(MAX_NAMESPACES) {
-            events.push(super::events::of_gap(table.topic.clone(), namespaces.to_vec()));
-        }
-    }
+    let at_us = chrono::Utc::now().timestamp_micros();
+    let events = capture.rules.tables().iter().flat_map(of_missing_changes).map(|event| {
+        of_several(event.topic().clone(), event.keys().to_vec(), event.change().clone(), Vec::new(), at_us)
+    });
+    let events: Vec<_> = events.collect();
     let mut poison = Vec::new();
     super::pump::publish_surely(&capture.shared, &events, &mut poison, health).await;
 }

@@ -11,6 +11,7 @@ use wal::session::{ChangeStream, Identity, Session, SessionError, StreamOptions}
 use wal::slot::{self, ServerFacts, SlotError, SlotState};
 
 use super::Capture;
+use super::events::of_missing_changes;
 use super::gap::{self, Gap};
 use crate::config::CaptureConfig;
 use crate::database::{PATIENCE, within};
@@ -77,6 +78,8 @@ pub enum OpenError {
     Expand(#[from] ExpandError),
     #[error("this server is a standby; WAL capture reads from the primary")]
     Standby,
+    #[error("cannot declare stale what the publication hid")]
+    Stale(#[from] outbox::EnqueueError),
     #[error(transparent)]
     Gap(#[from] Gap),
 }
@@ -161,7 +164,13 @@ async fn ready_publication(
             "publication {name} {drift}; correcting it, and declaring every key stale that the rules of affected tables can name"
         );
     }
-    publication::correct(pool, name, rules, &drift).await?;
+    let mut tx = pool.begin().await?;
+    let affected = publication::correct(&mut tx, name, rules, &drift).await?;
+    let affected = affected.iter().filter_map(|&index| rules.tables().get(index));
+    let stale: Vec<_> = affected.flat_map(of_missing_changes).collect();
+    outbox::enqueue_through_wal(&mut tx, &stale).await?;
+    tx.commit().await?;
+    tracing::info!(publication = name, tables = rules.tables().len(), "set up the publication");
     Ok(tables)
 }
 

@@ -360,24 +360,13 @@ pub(super) async fn publish_surely(
     }
 }
 
-/// Waits until broker and stream are usable.
+/// Waits until broker and stream are usable; what is not settled is read again.
 async fn usable(shared: &Shared, health: &Component) -> Usable {
-    let mut stream = shared.stream.clone();
     loop {
-        let known = *stream.borrow_and_update();
-        if let Some(usable) = known.filter(|_| shared.nats.link().connected) {
-            return usable;
+        match shared.usable() {
+            Ok(usable) => return usable,
+            Err(why) => health.not_ready(why),
         }
-        health.not_ready(
-            "NATS is not connected or the stream is not usable; the slot keeps what is in the log",
-        );
-        let wait = async {
-            shared.nats.connected().await;
-            // Without the keeper the process is about to end; what is not settled is read again.
-            if stream.wait_for(Option::is_some).await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        };
-        let _ = tokio::time::timeout(SIGN_OF_LIFE, wait).await;
+        let _ = tokio::time::timeout(SIGN_OF_LIFE, shared.usable_changed()).await;
     }
 }
