@@ -3,13 +3,15 @@ use deadpool_redis::redis::{self, ErrorKind, ServerErrorKind};
 use crate::redis::SlotIsMoving;
 
 /// Why Redis did not do what was asked. Every variant is a decision for the caller.
+///
+/// Services log it with one `{error}`, so the text holds the answer of Redis and every other cause.
 #[derive(Debug, thiserror::Error)]
 pub enum RedisError {
     /// No answer, or not now: connection refused, timeout, loading, failing over. Try again later.
-    #[error("redis is not available")]
+    #[error("redis is not available: {}", told(&**.0))]
     Unavailable(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The credentials or rights are not enough. Someone has to change them; trying again does not help by itself.
-    #[error("redis refuses access ({code})")]
+    #[error("redis refuses access ({code}): {}", told(source))]
     Refused {
         /// The code Redis answered, such as `NOPERM` or `WRONGPASS`.
         code: String,
@@ -36,7 +38,7 @@ pub enum RedisError {
         policy: String,
     },
     /// Redis answered something this system does not understand.
-    #[error("redis gave an unexpected answer")]
+    #[error("redis gave an unexpected answer: {}", told(&**.0))]
     Unexpected(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
@@ -144,6 +146,35 @@ fn from_code(error: redis::RedisError) -> RedisError {
         Some("OOM" | "MISCONF" | "NOREPLICAS" | "BUSY") => RedisError::Unavailable(error.into()),
         _ => RedisError::Unexpected(error.into()),
     }
+}
+
+/// There is no connection to Redis.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot connect to {address}")]
+pub(crate) struct NotConnected {
+    /// The URL without its password.
+    pub(crate) address: String,
+    /// The reason of the client.
+    pub(crate) source: redis::RedisError,
+}
+
+/// An error and its causes, each once.
+fn told(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut told: Vec<String> = Vec::new();
+    for cause in std::iter::successors(Some(error), |&error| error.source()) {
+        let text = cause.downcast_ref().and_then(answer).unwrap_or_else(|| cause.to_string());
+        if !told.iter().any(|before| before.contains(&text)) {
+            told.push(text);
+        }
+    }
+    told.join(": ")
+}
+
+/// What Redis answered, as it was sent; of a pipeline, the answer to the first command that failed.
+fn answer(error: &redis::RedisError) -> Option<String> {
+    let errors = error.clone().into_server_errors()?;
+    let (_, first) = errors.first()?;
+    Some(format!("{} {}", first.code(), first.details().unwrap_or_default()).trim_end().to_owned())
 }
 
 /// What the server put before the message; of a pipeline, what it said to the first command that failed.

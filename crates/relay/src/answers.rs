@@ -8,8 +8,8 @@ use event::nats::{
 use futures::{StreamExt, stream};
 use outbox::{Xid, outcome, retention};
 use serde_json::Value;
-use service::Shutdown;
 use service::nats::Nats;
+use service::{Report, Shutdown};
 use sqlx::PgPool;
 
 use crate::database::{PATIENCE, within};
@@ -41,7 +41,7 @@ pub async fn run(pool: PgPool, nats: Nats, shutdown: Shutdown) -> Result<(), asy
                 }
             }
             Err(error) => {
-                tracing::warn!(error = format!("{error:#}"), subject, "could not answer a subscriber");
+                tracing::warn!(error = %Report::of(error.as_ref()), subject, "could not answer a subscriber");
             }
         }
     }

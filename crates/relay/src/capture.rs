@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use metrics::{counter, gauge};
 use rules::Rules;
-use service::{Backoff, Component, Shutdown};
+use service::{Backoff, Component, Report, SaidLately, Shutdown};
 use tokio::sync::Notify;
 use wal::publication::Tables;
 use wal::session::{SessionError, Settings};
@@ -127,6 +127,7 @@ pub async fn run(capture: Arc<Capture>, health: Component, shutdown: Shutdown) {
     let mut streaming = true;
     let mut halted = None;
     let mut told = None;
+    let mut said = SaidLately::default();
     let mut unreadable = None;
     while !shutdown.is_requested() {
         gauge!(names::CAPTURE_ACTIVE).set(0.0);
@@ -169,8 +170,10 @@ pub async fn run(capture: Arc<Capture>, health: Component, shutdown: Shutdown) {
                     unreadable = position_of_slot(&capture).await.or(unreadable);
                 }
                 counter!(names::CAPTURE_RECONNECTS).increment(1);
-                let error = service::one_line(&error);
-                tracing::warn!(error, "the write-ahead log is not read; trying again");
+                let error = Report::of(&error).to_string();
+                if said.is_news(&error) {
+                    tracing::warn!(error, "the write-ahead log is not read; trying again");
+                }
                 health.not_ready(error);
                 retry.next_delay()
             }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use metrics::gauge;
 use outbox::{backlog, dead_letters};
-use service::Shutdown;
+use service::{Report, Shutdown};
 use sqlx::PgPool;
 
 use crate::database::{PATIENCE, within};
@@ -27,7 +27,7 @@ pub async fn run(pool: PgPool, shutdown: Shutdown) {
             Ok::<_, sqlx::Error>(())
         };
         if let Err(error) = within(PATIENCE, measured).await {
-            tracing::debug!(%error, "could not measure the backlog");
+            tracing::debug!(error = %Report::of(&error), "could not measure the backlog");
         }
         tokio::select! {
             () = shutdown.requested() => {}

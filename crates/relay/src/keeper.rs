@@ -12,7 +12,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use metrics::{counter, gauge};
 use outbox::retention::{self, Lost, Newest, StreamPosition};
 use service::nats::{Link, Nats};
-use service::{Backoff, Component, Shutdown};
+use service::{Backoff, Component, Report, Shutdown};
 use sqlx::PgPool;
 use tokio::sync::{Notify, watch};
 
@@ -123,17 +123,17 @@ impl Keeper {
 
     /// The one place that decides what a failed look means; returns why nothing is published.
     fn give_up(&self, error: &KeeperError) -> String {
-        let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
+        let report = Report::of(error);
         if let KeeperError::Database(_) = error {
             // The stream was found usable before Postgres was asked.
             gauge!(names::CONNECTED).set(1.0);
             counter!(names::DATABASE_FAILURES).increment(1);
-            tracing::warn!(%error, cause, "cannot compare the stream with what is retained; events wait in the outbox");
+            tracing::warn!(error = %report, "cannot compare the stream with what is retained; events wait in the outbox");
         } else {
             gauge!(names::CONNECTED).set(0.0);
-            tracing::warn!(%error, cause, "the stream is not usable; events wait in the outbox");
+            tracing::warn!(error = %report, "the stream is not usable; events wait in the outbox");
         }
-        let why = format!("{error}: {cause}; events wait in the outbox");
+        let why = format!("{report}; events wait in the outbox");
         self.withdraw(why.clone());
         why
     }
@@ -279,7 +279,9 @@ impl Keeper {
         match within(PATIENCE, retention::rotate(&self.pool, window)).await {
             Ok(true) => tracing::debug!("turned the retention of published messages"),
             Ok(false) => {}
-            Err(error) => tracing::debug!(%error, "could not turn the retention of published messages"),
+            Err(error) => {
+                tracing::debug!(error = %Report::of(&error), "could not turn the retention of published messages")
+            }
         }
     }
 }

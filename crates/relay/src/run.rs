@@ -5,7 +5,7 @@ use async_nats::jetstream;
 use event::nats::STREAM;
 use rules::Rules;
 use service::nats::Nats;
-use service::{Health, HttpServer, Limits, Metrics, Shutdown, UsageError, drain};
+use service::{Health, HttpServer, Limits, Metrics, Report, Shutdown, UsageError, drain};
 use tokio::sync::{Notify, watch};
 use tokio_util::task::TaskTracker;
 use wal::session::Settings;
@@ -150,7 +150,7 @@ fn prepare_capture(config: &Config) -> anyhow::Result<(Arc<Rules>, Settings)> {
 
 async fn answer(pool: sqlx::PgPool, nats: Nats, shutdown: Shutdown) {
     if let Err(error) = answers::run(pool, nats, shutdown).await {
-        tracing::error!(%error, "cannot answer subscribers; they will apply their gap policy when in doubt");
+        tracing::error!(error = %Report::of(&error), "cannot answer subscribers; they will apply their gap policy when in doubt");
     }
 }
 

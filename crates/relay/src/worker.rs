@@ -7,7 +7,7 @@ use async_nats::jetstream;
 use metrics::{counter, histogram};
 use outbox::{Claim, ClaimOptions, Claimed, Poison, wait_for_events};
 use service::nats::Nats;
-use service::{Backoff, Component, Shutdown, failpoint};
+use service::{Backoff, Component, Report, Shutdown, failpoint};
 use sqlx::PgPool;
 use tokio::sync::{Notify, watch};
 
@@ -214,20 +214,20 @@ async fn recover(
     shutdown: &Shutdown,
 ) {
     counter!(names::CLAIMS, "result" => "failed").increment(1);
-    let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
+    let report = Report::of(error);
     match error {
         CycleError::Broker(reason) => {
             counter!(names::PUBLISH_FAILURES, "reason" => reason.reason()).increment(1);
             shared.suspect_stream.notify_one();
-            tracing::warn!(%error, cause, "could not publish; the events stay in the outbox");
+            tracing::warn!(error = %report, "could not publish; the events stay in the outbox");
         }
         CycleError::Database(_) => {
             counter!(names::DATABASE_FAILURES).increment(1);
-            tracing::warn!(%error, cause, "could not claim or settle; the events stay in the outbox");
+            tracing::warn!(error = %report, "could not claim or settle; the events stay in the outbox");
         }
         CycleError::NoStream => {}
     }
-    health.not_ready(format!("{error}: {cause}"));
+    health.not_ready(report.to_string());
     rest(retry.next_delay(), shutdown).await;
 }
 

@@ -6,10 +6,11 @@ use serde_json::json;
 use tracing::level_filters::LevelFilter;
 
 use crate::{
-    Shutdown, failpoint,
+    Report, Shutdown, failpoint,
     logs::{self, LogFormat, LogOptions},
     nats::NatsError,
     parse_duration,
+    report::causes,
     shutdown::exit_on_signals,
 };
 
@@ -46,7 +47,7 @@ impl UsageError {
     /// The error and its causes, which all lie with the configuration.
     #[must_use]
     pub fn of(error: &(dyn Error + 'static)) -> Self {
-        Self(one_line(error))
+        Self(Report::of(error).to_string())
     }
 }
 
@@ -108,7 +109,7 @@ impl Boot {
         match self.try_run(&options.log, level, work) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                self.print(options.log.log_format, &one_line(error.as_ref()));
+                self.print(options.log.log_format, &Report::of(error.as_ref()).to_string());
                 exit_code(error.as_ref())
             }
         }
@@ -143,26 +144,6 @@ impl Boot {
     }
 }
 
-fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
-    std::iter::successors(Some(error), |&error| error.source())
-}
-
-/// `message: cause: cause of the cause`, leaving out a cause that the message before it repeats.
-#[must_use]
-pub fn one_line(error: &(dyn Error + 'static)) -> String {
-    let mut line = String::new();
-    for cause in causes(error) {
-        let text = cause.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
-        if line.is_empty() {
-            line = text;
-        } else if !line.contains(&text) {
-            line.push_str(": ");
-            line.push_str(&text);
-        }
-    }
-    line
-}
-
 fn exit_code(error: &(dyn Error + 'static)) -> ExitCode {
     if causes(error).any(is_usage) { ExitCode::from(EXIT_USAGE) } else { ExitCode::FAILURE }
 }
@@ -182,13 +163,6 @@ mod tests {
     #[derive(Debug, thiserror::Error)]
     #[error("cannot reach the broker")]
     struct Unreachable(#[source] Box<dyn Error + Send + Sync>);
-
-    #[test]
-    fn an_error_and_its_causes_are_one_line_without_repetition() {
-        let refused = io::Error::other("connection\n  refused");
-        let error = Unreachable(Unreachable(refused.into()).into());
-        assert_eq!(one_line(&error), "cannot reach the broker: connection refused");
-    }
 
     #[test]
     fn a_usage_error_anywhere_in_the_chain_exits_with_two() {

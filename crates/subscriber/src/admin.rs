@@ -10,7 +10,7 @@ use chrono::{DateTime, Utc};
 use clap::Subcommand;
 use event::nats::STREAM;
 use service::nats::Nats;
-use service::parse_duration;
+use service::{Report, parse_duration};
 
 use crate::broker::BrokerError;
 use crate::position::Position;
@@ -138,7 +138,7 @@ async fn status(redis: &Redis, mut stream: Stream, config: &Config) -> anyhow::R
             println!("redis         {}", position.instances.into_iter().collect::<Vec<_>>().join(", "));
         }
         (Ok(_), None) => println!("applied       nothing recorded in this Redis yet"),
-        (Err(error), None) => println!("redis         not reachable: {error}"),
+        (Err(error), None) => println!("redis         not reachable: {}", Report::of(&error)),
     }
     Ok(())
 }

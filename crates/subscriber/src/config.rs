@@ -149,7 +149,7 @@ impl Config {
     /// [`UsageError`] naming what cannot be used.
     pub fn connect_redis(&self) -> Result<Redis, UsageError> {
         Redis::new(self.redis()).map_err(|error| {
-            UsageError(format!("REDIS_URL (--redis-url) cannot be used: {}", service::one_line(&error)))
+            UsageError(format!("REDIS_URL (--redis-url) cannot be used: {}", service::Report::of(&error)))
         })
     }
 

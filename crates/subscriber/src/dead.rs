@@ -2,6 +2,7 @@
 
 use async_nats::jetstream::{self, AckKind, Message};
 use event::nats::{DEAD_REASON_HEADER, DEAD_SEQUENCE_HEADER, dead_subject};
+use service::Report;
 
 /// Longest reason that goes into a header.
 const MAX_REASON_BYTES: usize = 256;
@@ -27,7 +28,7 @@ impl DeadLetters {
     pub async fn set_aside(
         &self,
         message: &Message,
-        reason: &(dyn std::error::Error + Sync),
+        reason: &(dyn std::error::Error + Sync + 'static),
     ) -> Result<(), async_nats::Error> {
         let reason = describe(reason);
         let (stream, sequence) =
@@ -48,13 +49,8 @@ impl DeadLetters {
 }
 
 /// The reason in one line, fit for a header.
-fn describe(reason: &dyn std::error::Error) -> String {
-    let mut text = reason.to_string();
-    if let Some(cause) = reason.source() {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-    }
-    let mut line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+fn describe(reason: &(dyn std::error::Error + 'static)) -> String {
+    let mut line = Report::of(reason).to_string();
     while line.len() > MAX_REASON_BYTES {
         line.pop();
     }

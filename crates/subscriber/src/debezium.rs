@@ -17,7 +17,7 @@ use cache::{Redis, RedisError, Work};
 use futures::{FutureExt, StreamExt};
 use metrics::counter;
 use rules::Rules;
-use service::{Backoff, Component, Shutdown, UsageError};
+use service::{Backoff, Component, Report, Shutdown, UsageError};
 use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
@@ -209,7 +209,7 @@ impl Debezium {
             Err(error) => match self.dead.set_aside(&message, &error).await {
                 Ok(()) => counter!(names::DEAD_LETTERS).increment(1),
                 Err(failure) => {
-                    tracing::warn!(error = %failure, "cannot set aside a change event that cannot be decoded");
+                    tracing::warn!(error = %Report::of(failure.as_ref()), "cannot set aside a change event that cannot be decoded");
                 }
             },
         }
@@ -234,7 +234,7 @@ impl Debezium {
         }
         for message in batch {
             if let Err(error) = message.ack().await {
-                tracing::debug!(%error, "could not acknowledge a change event; it will be applied once more");
+                tracing::debug!(error = %Report::of(error.as_ref()), "could not acknowledge a change event; it will be applied once more");
             }
         }
         counter!(names::DEBEZIUM_MESSAGES).increment(batch.len() as u64);
@@ -249,9 +249,9 @@ impl Debezium {
         shutdown: &Shutdown,
     ) {
         if let [message] = batch {
-            tracing::warn!(%error, "change events are refused; trying them again in {REFUSED_PAUSE:?}");
+            tracing::warn!(error = %Report::of(error), "change events are refused; trying them again in {REFUSED_PAUSE:?}");
             if let Err(error) = message.ack_with(AckKind::Nak(Some(REFUSED_PAUSE))).await {
-                tracing::debug!(%error, "could not give back a change event; it comes again later");
+                tracing::debug!(error = %Report::of(error.as_ref()), "could not give back a change event; it comes again later");
             }
             return;
         }
@@ -287,9 +287,9 @@ impl Debezium {
             if matches!(error, RedisError::KeysRefused { .. }) {
                 return Err(error);
             }
-            health.not_ready(format!("Redis does not apply change events: {error}"));
+            health.not_ready(format!("Redis does not apply change events: {}", Report::of(&error)));
             if retry.attempts() == 0 {
-                tracing::warn!(%error, "Redis does not apply change events; keeping them until it does");
+                tracing::warn!(error = %Report::of(&error), "Redis does not apply change events; keeping them until it does");
             }
             if kept_alive.elapsed() >= self.ack_wait / 3 {
                 kept_alive = Instant::now();

@@ -8,6 +8,7 @@ use async_nats::jetstream::consumer::{
 use async_nats::jetstream::stream::Stream;
 use chrono::{DateTime, Utc};
 use event::nats::subject;
+use service::Report;
 
 use crate::Config;
 use crate::broker::BrokerError;
@@ -102,7 +103,7 @@ async fn update(stream: &Stream, existing: PullConsumer, config: &Config) -> Pul
             existing
         }
         Err(error) => {
-            tracing::warn!(durable, %error, "cannot change the durable consumer as configured: {difference}");
+            tracing::warn!(durable, error = %Report::of(error.as_ref()), "cannot change the durable consumer as configured: {difference}");
             existing
         }
     }

@@ -9,6 +9,7 @@ use chrono::{DateTime, Utc};
 use event::{Envelope, Topic};
 use futures::StreamExt;
 use metrics::counter;
+use service::Report;
 
 use crate::metrics as names;
 
@@ -113,7 +114,7 @@ impl Replay<'_> {
             }
         }
         if let Err(error) = self.stream.delete_consumer(&consumer.cached_info().name).await {
-            tracing::debug!(%error, "could not delete the consumer of a replay; it disappears by itself");
+            tracing::debug!(error = %Report::of(&error), "could not delete the consumer of a replay; it disappears by itself");
         }
         Ok(cursor.delivered)
     }
@@ -156,7 +157,7 @@ impl Replay<'_> {
                 Ok(message) => message,
                 // Such as that the next message exceeds the bytes asked for.
                 Err(error) if cursor.delivered > before => {
-                    tracing::debug!(%error, "a request for messages ended early");
+                    tracing::debug!(error = %Report::of(error.as_ref()), "a request for messages ended early");
                     break;
                 }
                 Err(error) => return Err(ReplayError::Nats(error)),
@@ -179,7 +180,7 @@ impl Replay<'_> {
             // The message comes again until somebody has widened the rights; the others need not wait for that.
             Err(error @ RedisError::KeysRefused { .. }) => {
                 counter!(names::REDIS_FAILURES).increment(1);
-                tracing::warn!(%error, "the replay leaves out what is refused");
+                tracing::warn!(error = %Report::of(&error), "the replay leaves out what is refused");
             }
             applied => drop(applied?),
         }

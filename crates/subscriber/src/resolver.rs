@@ -11,8 +11,8 @@ use event::CacheKey;
 use event::nats::{MAX_OUTCOMES, OUTCOME_SUBJECT, Outcome, OutcomeReply, OutcomeRequest};
 use futures::{StreamExt, TryStreamExt, stream};
 use metrics::{counter, gauge};
-use service::Shutdown;
 use service::nats::Nats;
+use service::{Report, SaidLately, Shutdown};
 
 use crate::metrics as names;
 
@@ -39,15 +39,17 @@ enum ResolveError {
 /// Resolves until shutdown is requested. Several subscribers of one cache may do it at the same time: every step can be
 /// repeated.
 pub async fn run(redis: Redis, nats: Nats, shutdown: Shutdown) {
-    let mut failing = false;
+    let mut said = SaidLately::default();
     loop {
         match resolve(&redis, &nats).await {
-            Ok(()) => failing = false,
+            Ok(()) => said.clear(),
             Err(error) => {
-                if !std::mem::replace(&mut failing, true) {
-                    let cause =
-                        std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
-                    tracing::warn!(%error, cause, "cannot resolve marks; their keys are not cached until that works");
+                let report = Report::of(&error).to_string();
+                if said.is_news(&report) {
+                    tracing::warn!(
+                        error = report,
+                        "cannot resolve marks; their keys are not cached until that works"
+                    );
                 }
             }
         }

@@ -5,7 +5,7 @@ use anyhow::Context;
 use async_nats::jetstream;
 use cache::Redis;
 use service::nats::Nats;
-use service::{Health, HttpServer, Limits, Metrics, Shutdown, drain};
+use service::{Health, HttpServer, Limits, Metrics, Report, Shutdown, drain};
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
@@ -107,7 +107,7 @@ async fn refuse_wrong_credentials(redis: &Redis) -> Result<(), cache::RedisError
     match redis.ping().await {
         Err(error) if !error.is_retryable() => Err(error),
         Err(error) => {
-            tracing::warn!(%error, "Redis does not answer yet");
+            tracing::warn!(error = %Report::of(&error), "Redis does not answer yet");
             Ok(())
         }
         Ok(()) => Ok(()),

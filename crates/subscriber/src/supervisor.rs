@@ -15,7 +15,7 @@ use chrono::DateTime;
 use event::nats::STREAM;
 use metrics::gauge;
 use service::nats::{Link, Nats};
-use service::{Backoff, Component, Shutdown};
+use service::{Backoff, Component, Report, SaidLately, Shutdown};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -69,6 +69,8 @@ struct Memory {
     halted: Option<Instant>,
     /// Whether it is known that no relay has created the stream yet, and no matter.
     lacks_stream: bool,
+    /// Causes of failed looks that were logged.
+    said: SaidLately,
     /// The policy under which Redis may evict marks, while it may.
     evicts_marks: Option<String>,
 }
@@ -108,6 +110,7 @@ impl Supervisor {
             let pause = match looked {
                 Ok(()) => {
                     retry.reset();
+                    memory.said.clear();
                     health.ready();
                     LOOK_INTERVAL
                 }
@@ -117,7 +120,7 @@ impl Supervisor {
                     HALT_INTERVAL
                 }
                 Err(error) => {
-                    note(&error, retry.attempts(), &mut memory, &health);
+                    note(&error, &mut memory, &health);
                     retry.next_delay()
                 }
             };
@@ -215,7 +218,9 @@ impl Supervisor {
             match broker::is_refilled(stream, position.acked_seq, position.acked_until_us).await {
                 Ok(false) => memory.looked_inside = Some(link),
                 Ok(true) => seen.is_refilled = true,
-                Err(error) => tracing::debug!(%error, "cannot look into the stream; trying again"),
+                Err(error) => {
+                    tracing::debug!(error = %Report::of(error.as_ref()), "cannot look into the stream; trying again")
+                }
             }
         }
         waiting::show(pending);
@@ -231,7 +236,9 @@ impl Supervisor {
         if let Some(subject) = durable::filter(&self.config) {
             match broker::reach(stream, &subject, seen, applied).await {
                 Ok(reach) => applied = reach,
-                Err(error) => tracing::debug!(%error, "cannot look for the next message of the topic"),
+                Err(error) => {
+                    tracing::debug!(error = %Report::of(error.as_ref()), "cannot look for the next message of the topic")
+                }
             }
         }
         if applied > position.acked_seq || position.acked_until_us == 0 {
@@ -245,7 +252,9 @@ impl Supervisor {
                     position.acked_seq = applied
                 }
                 // Sequence and time belong together.
-                Err(error) => tracing::debug!(%error, "cannot look at the last message that was applied"),
+                Err(error) => {
+                    tracing::debug!(error = %Report::of(&error), "cannot look at the last message that was applied")
+                }
             }
         }
         if memory.stored.as_ref() == memory.position.as_ref() {
@@ -284,12 +293,12 @@ impl Supervisor {
     }
 }
 
-fn note(error: &LookError, attempts: u32, memory: &mut Memory, health: &Component) {
-    let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
-    health.not_ready(format!("{error}: {cause}"));
-    if attempts == 0 {
-        tracing::warn!(%error, cause, "cannot watch the cache and the stream; trying again");
+fn note(error: &LookError, memory: &mut Memory, health: &Component) {
+    let report = Report::of(error).to_string();
+    if memory.said.is_news(&report) {
+        tracing::warn!(error = report, "cannot watch the cache and the stream; trying again");
     }
+    health.not_ready(report);
     match error {
         LookError::Redis(_) | LookError::Full(_) => {}
         // Consumer or stream may be gone: look for them anew.

@@ -10,7 +10,7 @@ use cache::{Applied, Redis, RedisError, Work};
 use event::{Envelope, Traceparent};
 use futures::{FutureExt, StreamExt};
 use metrics::{counter, gauge, histogram};
-use service::{Backoff, Component, Shutdown, failpoint, trace};
+use service::{Backoff, Component, Report, SaidLately, Shutdown, failpoint, trace};
 use tokio::sync::watch;
 use tracing::Span;
 
@@ -95,7 +95,7 @@ pub async fn run(shared: Arc<Shared>, health: Component, shutdown: Shutdown) {
                 retry.reset();
                 pump(&shared, stream, &mut consumer, &health, &shutdown).await;
             }
-            Err(error) => health.not_ready(format!("cannot fetch messages: {error}")),
+            Err(error) => health.not_ready(format!("cannot fetch messages: {}", Report::of(error.as_ref()))),
         }
         tokio::select! {
             () = shutdown.requested() => {}
@@ -142,7 +142,7 @@ async fn pump(
                 continue;
             }
             Some(Err(error)) => {
-                tracing::warn!(%error, "cannot fetch messages; trying again");
+                tracing::warn!(error = %Report::of(&error), "cannot fetch messages; trying again");
                 return;
             }
             None => return,
@@ -210,7 +210,7 @@ impl Shared {
                 }
                 // Not acknowledged, so it comes again.
                 Err(failure) => {
-                    tracing::warn!(error = %failure, "cannot set aside a message that cannot be decoded")
+                    tracing::warn!(error = %Report::of(failure.as_ref()), "cannot set aside a message that cannot be decoded")
                 }
             },
         }
@@ -220,6 +220,7 @@ impl Shared {
     /// to somebody else. Messages with keys that the user of Redis may not touch come again later, and hold up nobody.
     async fn settle(&self, batch: Batch, health: &Component, shutdown: &Shutdown) {
         let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
+        let mut said = SaidLately::default();
         let mut kept_alive = Instant::now();
         loop {
             let started = Instant::now();
@@ -239,11 +240,13 @@ impl Shared {
                 Err(error) => {
                     counter!(names::REDIS_FAILURES).increment(1);
                     gauge!(names::REDIS_UP).set(0.0);
-                    health.not_ready(format!("Redis does not apply invalidations: {error}"));
-                    if retry.attempts() == 0 {
-                        let cause =
-                            std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
-                        tracing::warn!(%error, cause, "Redis does not apply invalidations; keeping them until it does");
+                    let report = Report::of(&error).to_string();
+                    health.not_ready(format!("Redis does not apply invalidations: {report}"));
+                    if said.is_news(&report) {
+                        tracing::warn!(
+                            error = report,
+                            "Redis does not apply invalidations; keeping them until it does"
+                        );
                     }
                 }
             }
@@ -263,7 +266,7 @@ impl Shared {
         failpoint::hit(FAILPOINTS[0]).await;
         for message in &batch.messages {
             if let Err(error) = message.ack().await {
-                tracing::debug!(%error, "could not acknowledge a message; it will be applied once more");
+                tracing::debug!(error = %Report::of(error.as_ref()), "could not acknowledge a message; it will be applied once more");
             }
         }
         failpoint::hit(FAILPOINTS[1]).await;
@@ -281,9 +284,9 @@ impl Shared {
         shutdown: &Shutdown,
     ) {
         if let [message] = &*batch.messages {
-            tracing::warn!(%error, "invalidations are refused; trying them again in {REFUSED_PAUSE:?}");
+            tracing::warn!(error = %Report::of(error), "invalidations are refused; trying them again in {REFUSED_PAUSE:?}");
             if let Err(error) = message.ack_with(AckKind::Nak(Some(REFUSED_PAUSE))).await {
-                tracing::debug!(%error, "could not give back a message; it comes again later");
+                tracing::debug!(error = %Report::of(error.as_ref()), "could not give back a message; it comes again later");
             }
             return;
         }

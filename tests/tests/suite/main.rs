@@ -5,6 +5,7 @@ mod acl;
 mod bad_input;
 mod bad_surroundings;
 mod basics;
+mod causes;
 mod crashes;
 mod debezium;
 mod history;

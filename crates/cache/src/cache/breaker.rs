@@ -74,8 +74,7 @@ impl Breaker {
         let next = self.now_ms() + self.pause_ms();
         if self.retry_at_ms.swap(next, Ordering::Relaxed) == 0 {
             self.open.set(1);
-            let cause = std::error::Error::source(error).map(ToString::to_string);
-            tracing::warn!(%error, cause, "redis does not answer, readers load without it");
+            tracing::warn!(%error, "redis does not answer, readers load without it");
         }
     }
 
@@ -85,8 +84,7 @@ impl Breaker {
         if now >= say_at
             && self.say_at_ms.compare_exchange(say_at, next, Ordering::Relaxed, Ordering::Relaxed).is_ok()
         {
-            let cause = std::error::Error::source(error).map(ToString::to_string);
-            tracing::warn!(%error, cause, "redis refuses what readers ask for; what they load is not cached");
+            tracing::warn!(%error, "redis refuses what readers ask for; what they load is not cached");
         }
     }
 

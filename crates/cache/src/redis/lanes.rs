@@ -17,6 +17,7 @@ use super::config::RedisConfig;
 use super::moving::Moving;
 use super::{Connection, within};
 use crate::RedisError;
+use crate::error::NotConnected;
 
 /// A failed attempt to connect answers for everyone who asks within this time, so that requests that queued up behind
 /// it do not each wait for a timeout of their own.
@@ -108,7 +109,10 @@ impl Lanes {
         match tokio::time::timeout(limit, connecting).await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(stopped)) => Err(RedisError::Unavailable(stopped.into())),
-            Err(_) => Err(RedisError::unavailable("not connected in time")),
+            Err(_) => {
+                let address = address::without_password(&self.config.url);
+                Err(RedisError::Unavailable(format!("not connected to {address} within {limit:?}").into()))
+            }
         }
     }
 
@@ -120,15 +124,26 @@ impl Lanes {
         if let Some((at, error)) = &*failure
             && at.elapsed() < FAILURE_HOLDS
         {
-            return Err(error.clone().into());
+            return Err(self.not_connected(error.clone()));
         }
         // The clients' own limits do not cover asking Sentinels or the first nodes of a cluster one after the other.
         match within(self.config.connect_timeout, self.dial()).await {
             Ok(connection) => Ok(self.install(slot, connection)),
             Err(error) => {
                 *failure = Some((Instant::now(), error.clone()));
-                Err(error.into())
+                Err(self.not_connected(error))
             }
+        }
+    }
+
+    /// Names the server, which the client's error does not.
+    fn not_connected(&self, source: redis::RedisError) -> RedisError {
+        match RedisError::from(source.clone()) {
+            RedisError::Unavailable(_) => {
+                let address = address::without_password(&self.config.url);
+                RedisError::Unavailable(NotConnected { address, source }.into())
+            }
+            other => other,
         }
     }
 

@@ -144,8 +144,7 @@ impl Writer {
 /// What is left to the event is no failure of the write, but worth a line.
 fn noted(done: Result<(), RedisError>, what: &str) -> bool {
     if let Err(error) = &done {
-        let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
-        tracing::warn!(%error, cause, "could not {what} after a commit; its event will");
+        tracing::warn!(%error, "could not {what} after a commit; its event will");
     }
     done.is_ok()
 }

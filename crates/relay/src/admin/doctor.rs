@@ -7,6 +7,7 @@ use async_nats::jetstream::stream::Info;
 use chrono::{DateTime, Utc};
 use outbox::dead_letters;
 use outbox::diagnosis::{self, Facts};
+use service::Report;
 use sqlx::PgPool;
 
 use super::{look_at_stream, rules};
@@ -52,7 +53,7 @@ pub(super) async fn print(pool: &PgPool, config: &Config) -> anyhow::Result<()> 
         Ok((nats, _, info)) => findings.extend(judge_stream(&info, &nats.client.server_info(), config)),
         Err(error) => findings.push(Finding {
             subject: "stream",
-            fact: format!("not reachable: {error:#}"),
+            fact: format!("not reachable: {}", Report::of(error.as_ref())),
             remedy: Some("start NATS with JetStream; the relay creates the stream when it runs".to_owned()),
         }),
     }
@@ -157,7 +158,7 @@ fn judge_triggers(missing: anyhow::Result<Option<Vec<String>>>) -> Finding {
         }
         Err(error) => Finding {
             subject: "triggers",
-            fact: format!("{error:#}"),
+            fact: Report::of(error.as_ref()).to_string(),
             remedy: Some("correct the rules; see `relay rules check`".to_owned()),
         },
     }

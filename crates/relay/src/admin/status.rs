@@ -1,5 +1,6 @@
 use chrono::Utc;
 use outbox::{backlog, dead_letters};
+use service::Report;
 use sqlx::PgPool;
 
 use super::look_at_stream;
@@ -39,7 +40,7 @@ pub(super) async fn print(pool: &PgPool, config: &Config) -> anyhow::Result<()> 
             info.state.last_sequence,
             info.state.consumer_count,
         ),
-        Err(error) => println!("stream        not reachable: {error:#}"),
+        Err(error) => println!("stream        not reachable: {}", Report::of(error.as_ref())),
     }
     Ok(())
 }

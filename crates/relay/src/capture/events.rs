@@ -42,7 +42,7 @@ pub(super) fn of_piece(piece: Piece, xid: u64) -> Events {
                     &empty,
                     format!(
                         "logical message is no event: {} (commit at {})",
-                        service::one_line(&error),
+                        service::Report::of(&error),
                         commit.commit_lsn
                     ),
                 ));

@@ -103,7 +103,7 @@ fn keys(
         }
         Err(error) if error.is_lasting() => {
             counter!(names::CAPTURE_UNKNOWN).increment(1);
-            tracing::error!("{}; declaring its namespaces stale", service::one_line(&error));
+            tracing::error!("{}; declaring its namespaces stale", service::Report::of(&error));
             return Ok(None);
         }
         Err(error) => return Err(error),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use metrics::gauge;
-use service::{Component, Shutdown};
+use service::{Component, Report, Shutdown};
 use wal::publication::{self, Drift};
 use wal::slot::{self, SlotState};
 
@@ -40,14 +40,18 @@ pub async fn monitor(capture: Arc<Capture>, health: Component, shutdown: Shutdow
                 if lag > HEARTBEAT_LAG_BYTES && heartbeat_at.elapsed() >= HEARTBEAT_INTERVAL {
                     heartbeat_at = Instant::now();
                     if let Err(error) = within(PATIENCE, slot::heartbeat(&capture.shared.pool)).await {
-                        tracing::warn!(%error, "could not write a heartbeat to the log");
+                        tracing::warn!(error = %Report::of(&error), "could not write a heartbeat to the log");
                     }
                 }
             }
             Err(error) => {
                 // A restart would not help a server that is down.
-                tracing::debug!(%error, "could not look at the slot");
-                health.not_ready(format!("cannot look at slot {}: {error}", capture.config.slot));
+                tracing::debug!(error = %Report::of(&error), "could not look at the slot");
+                health.not_ready(format!(
+                    "cannot look at slot {}: {}",
+                    capture.config.slot,
+                    Report::of(&error)
+                ));
             }
         }
         tokio::select! {
@@ -73,7 +77,9 @@ async fn compare(capture: &Capture) {
             );
             capture.reading.drifted.notify_one();
         }
-        Err(error) => tracing::debug!(%error, "could not compare the publication with the rules"),
+        Err(error) => {
+            tracing::debug!(error = %Report::of(&error), "could not compare the publication with the rules")
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use outbox::capture::{self as recorded, Settlement};
 use outbox::retention::Published;
 use outbox::{Claimed, Poison};
 use rules::catalog::{ExpandError, Expander};
-use service::{Backoff, Component, failpoint};
+use service::{Backoff, Component, Report, failpoint};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::MissedTickBehavior;
 use wal::session::Confirmer;
@@ -352,8 +352,9 @@ pub(super) async fn publish_surely(
             Err(error) => {
                 counter!(names::PUBLISH_FAILURES, "reason" => error.reason()).increment(1);
                 shared.suspect_stream.notify_one();
-                tracing::warn!(%error, "could not publish what the write-ahead log says; the slot keeps it");
-                health.not_ready(format!("could not publish: {error}; the slot keeps what is in the log"));
+                let report = Report::of(&error);
+                tracing::warn!(error = %report, "could not publish what the write-ahead log says; the slot keeps it");
+                health.not_ready(format!("could not publish: {report}; the slot keeps what is in the log"));
                 tokio::time::sleep(retry.next_delay()).await;
             }
         }

@@ -3,6 +3,7 @@
 use async_nats::jetstream::consumer::PullConsumer;
 use event::nats::STREAM;
 use metrics::gauge;
+use service::Report;
 
 use super::{Memory, Supervisor};
 use crate::broker::{self, Pending};
@@ -18,7 +19,9 @@ impl Supervisor {
         };
         match counted {
             Ok(pending) => show(pending),
-            Err(error) => tracing::debug!(%error, "cannot count what waits for Redis"),
+            Err(error) => {
+                tracing::debug!(error = %Report::of(error.as_ref()), "cannot count what waits for Redis")
+            }
         }
     }
 

@@ -2,6 +2,7 @@
 
 use outbox::capture::{self as recorded, Position};
 use rules::Rules;
+use service::Report;
 use sqlx::PgPool;
 use wal::publication;
 use wal::slot::{self, ServerFacts, SlotState};
@@ -137,14 +138,21 @@ async fn judge_rules(pool: &PgPool, config: &Config) -> anyhow::Result<Vec<Findi
     };
     let rules = match Rules::load(file) {
         Ok(rules) => rules,
-        Err(error) => return Ok(vec![finding("rules", error.to_string(), false, "correct the rules file")]),
+        Err(error) => {
+            return Ok(vec![finding(
+                "rules",
+                Report::of(&error).to_string(),
+                false,
+                "correct the rules file",
+            )]);
+        }
     };
     let tables = match publication::resolve(pool, &rules).await {
         Ok(tables) => tables,
         Err(error) => {
             return Ok(vec![finding(
                 "rules",
-                error.to_string(),
+                Report::of(&error).to_string(),
                 false,
                 "correct the rules, or create the table",
             )]);
@@ -152,7 +160,12 @@ async fn judge_rules(pool: &PgPool, config: &Config) -> anyhow::Result<Vec<Findi
     };
     let mut findings = Vec::new();
     if let Err(error) = check_rules(pool, &rules).await {
-        findings.push(finding("rules", error.to_string(), false, "correct the rules, or alter the table"));
+        findings.push(finding(
+            "rules",
+            Report::of(&error).to_string(),
+            false,
+            "correct the rules, or alter the table",
+        ));
     }
     let drift = publication::drift(pool, &config.capture.publication, &tables).await?;
     findings.push(finding(
