@@ -9,11 +9,15 @@ use anyhow::{Context, Result, ensure};
 
 use crate::account::effective_user;
 
-/// `devstack-<user id>` in the temporary directory, created if missing: stacks, port locks and the Postgres template.
+/// Returns `devstack-<user id>` in the temporary directory, created if missing: it has stacks, port locks, the Postgres
+/// template and fetched servers.
 ///
 /// It is this user's own, so that nobody else can put something there for a server to run on; others may pass through
 /// it, as Postgres may run as another user.
-pub(crate) fn base_directory() -> Result<PathBuf> {
+///
+/// # Errors
+/// When it cannot be created or belongs to somebody else.
+pub fn base_directory() -> Result<PathBuf> {
     let user = effective_user();
     let path = std::env::temp_dir().join(format!("devstack-{user}"));
     if create(&path, 0o755)? {

@@ -19,6 +19,7 @@ mod redis;
 mod stack;
 mod watchdog;
 
+pub use base_directory::base_directory;
 pub use binaries::{Binary, MissingBinaries, missing};
 pub use directory::StackDirectory;
 pub use eventually::{Outcome, eventually};

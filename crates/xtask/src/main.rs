@@ -4,6 +4,7 @@ mod bench;
 mod daemon;
 mod demo;
 mod history;
+mod matrix;
 mod observer;
 mod paint;
 mod pair;
@@ -34,6 +35,7 @@ enum Task {
     Demo(demo::Arguments),
     Test(test::Arguments),
     Bench(bench::Arguments),
+    Matrix(matrix::Arguments),
     CheckHistory(history::Arguments),
     /// A reader or a writer of check-history
     #[command(hide = true)]
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
         Task::Demo(arguments) => demo::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),
+        Task::Matrix(arguments) => matrix::run(&arguments),
         Task::CheckHistory(arguments) => history::run(&arguments),
         Task::HistoryProcess(arguments) => history::run_process(arguments).map(|()| ExitCode::SUCCESS),
     };

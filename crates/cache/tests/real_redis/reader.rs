@@ -90,7 +90,11 @@ async fn a_hit_is_one_plain_get_and_nothing_else() {
     for _ in 0..5 {
         assert_eq!(load().await, Ok(7));
     }
-    assert_eq!(bed.commands().await, "config|resetstat:calls=1 get:calls=5");
+    let commands = bed.commands().await;
+    // Redis names the subcommand since 7.0.
+    let asked =
+        commands.strip_prefix("config|resetstat:calls=1 ").or(commands.strip_prefix("config:calls=1 "));
+    assert_eq!(asked, Some("get:calls=5"), "{commands}");
 }
 
 #[tokio::test]

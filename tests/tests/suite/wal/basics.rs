@@ -74,9 +74,9 @@ async fn a_large_value_that_did_not_change_is_still_part_of_the_key() {
     pair.until_none("doc:*").await;
     assert!(pair.relay.metric("relay_wal_unknown_changes_total").await.unwrap_or(0.0) < 1.0);
 
-    sql(&pair, "update docs set slug = repeat('k', 1000)").await;
     let key = format!("slug:{}", "k".repeat(1000));
     pair.fill(&key).await.unwrap();
+    sql(&pair, "update docs set slug = repeat('k', 1000)").await;
     pair.until_none("slug:*").await;
     pair.fill(&key).await.unwrap();
     sql(&pair, "update docs set n = 2").await;
