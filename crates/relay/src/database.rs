@@ -180,13 +180,20 @@ pub async fn connect(url: &SecretUrl, connections: u32, patience: Duration) -> R
 }
 
 /// The pool tries again by itself, and in the end says only that it took too long: one plain attempt says why.
-async fn explain(options: &PgConnectOptions, error: sqlx::Error) -> sqlx::Error {
+pub async fn explain(options: &PgConnectOptions, error: sqlx::Error) -> sqlx::Error {
     if !matches!(error, sqlx::Error::PoolTimedOut) {
         return error;
     }
+    let address = format!("{}:{}", options.get_host(), options.get_port());
+    let failed = |kind, cause| {
+        let text = format!("cannot connect to {address}: {cause}");
+        sqlx::Error::Io(std::io::Error::new(kind, text))
+    };
     match timeout(EXPLAIN_PATIENCE, PgConnection::connect_with(options)).await {
+        Ok(Err(sqlx::Error::Io(cause))) => failed(cause.kind(), cause.to_string()),
         Ok(Err(cause)) => cause,
-        Ok(Ok(_)) | Err(_) => error,
+        Err(_) => failed(std::io::ErrorKind::TimedOut, format!("no answer within {EXPLAIN_PATIENCE:?}")),
+        Ok(Ok(_)) => error,
     }
 }
 

@@ -17,7 +17,7 @@ use sqlx::PgPool;
 use tokio::sync::{Notify, watch};
 
 use crate::Config;
-use crate::database::{PATIENCE, within};
+use crate::database::{PATIENCE, explain, within};
 use crate::metrics as names;
 use crate::publisher::{PublishError, publish_again};
 use crate::stream::{self as nats_stream, StreamError, Usable};
@@ -32,8 +32,8 @@ const REPUBLISH_BATCH: u16 = 64;
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(100);
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(5);
 
-/// Why nothing is published while the connection is lost.
-pub const NOT_CONNECTED: &str = "NATS is not connected; events wait in the outbox";
+/// How often the reason why NATS is not connected is looked at: the first one is not the one that lasts.
+const REASON_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The keeper of the stream.
 #[derive(Debug)]
@@ -88,6 +88,7 @@ impl Keeper {
                     LOOK_INTERVAL
                 }
                 Err(error) => {
+                    let error = self.explain(error).await;
                     health.not_ready(self.give_up(&error));
                     retry.next_delay()
                 }
@@ -97,15 +98,22 @@ impl Keeper {
                 () = shutdown.requested() => {}
                 () = self.nats.lost_since(link) => {
                     self.disconnected();
-                    health.not_ready(NOT_CONNECTED);
-                    health.idle();
-                    tokio::select! {
-                        () = shutdown.requested() => {}
-                        () = self.nats.connected() => {}
-                    }
+                    self.wait_for_connection(&health, &shutdown).await;
                 }
                 () = self.suspect.notified() => {}
                 () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    async fn wait_for_connection(&self, health: &Component, shutdown: &Shutdown) {
+        loop {
+            health.not_ready(not_connected(&self.nats));
+            health.idle();
+            tokio::select! {
+                () = shutdown.requested() => return,
+                () = self.nats.connected() => return,
+                () = tokio::time::sleep(REASON_INTERVAL) => {}
             }
         }
     }
@@ -118,7 +126,14 @@ impl Keeper {
 
     fn disconnected(&self) {
         gauge!(names::CONNECTED).set(0.0);
-        self.withdraw(NOT_CONNECTED.to_owned());
+        self.withdraw(not_connected(&self.nats));
+    }
+
+    async fn explain(&self, error: KeeperError) -> KeeperError {
+        match error {
+            KeeperError::Database(error) => explain(&self.pool.connect_options(), error).await.into(),
+            other => other,
+        }
     }
 
     /// The one place that decides what a failed look means; returns why nothing is published.
@@ -163,8 +178,7 @@ impl Keeper {
     }
 
     async fn ensure(&self, link: Link) -> Result<Usable, StreamError> {
-        let max_payload = self.nats.client.server_info().max_payload;
-        nats_stream::ensure(&self.jetstream, &self.config, max_payload, link).await
+        nats_stream::ensure(&self.nats, &self.jetstream, &self.config, link).await
     }
 
     /// Marks what the stream has acknowledged and does not hold any more. Its end tells most of it; but it may have been
@@ -284,6 +298,11 @@ impl Keeper {
             }
         }
     }
+}
+
+/// Why nothing is published while the connection is lost.
+pub fn not_connected(nats: &Nats) -> String {
+    format!("{}; events wait in the outbox", nats.why_not_connected())
 }
 
 fn same_stream(known: Usable, now: Usable) -> bool {

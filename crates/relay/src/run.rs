@@ -90,7 +90,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     tasks.spawn(gauges::run(pool.clone(), shutdown.clone()));
     tasks.spawn(answer(pool.clone(), nats.clone(), shutdown.clone()));
     tasks.close();
-    tracing::info!(database = %config.database_url()?, nats = %config.nats.nats_url, http = %http.local_addr(), workers = config.workers, "relay runs");
+    tracing::info!(database = %config.database_url()?, nats = %nats.url(), http = %http.local_addr(), workers = config.workers, "relay runs");
 
     shutdown.requested().await;
     health.draining();
@@ -121,7 +121,7 @@ async fn open(config: &Config) -> anyhow::Result<Opened> {
     }
     let nats = Nats::connect(&config.nats, "relay", config.startup_timeout).await?;
     let jetstream = jetstream_context(&nats, config);
-    stream::ensure(&jetstream, config, nats.client.server_info().max_payload, nats.link()).await?;
+    stream::ensure(&nats, &jetstream, config, nats.link()).await?;
     if let Ok(existing) = jetstream.get_stream(STREAM).await {
         for difference in stream::differences(&existing.cached_info().config, config) {
             tracing::warn!(
@@ -157,8 +157,5 @@ async fn answer(pool: sqlx::PgPool, nats: Nats, shutdown: Shutdown) {
 /// JetStream whose acknowledgements time out with the claim.
 #[must_use]
 pub fn jetstream_context(nats: &Nats, config: &Config) -> jetstream::Context {
-    jetstream::context::ContextBuilder::new()
-        .timeout(config.publish_timeout)
-        .ack_timeout(config.publish_timeout)
-        .build(nats.client.clone())
+    nats.jetstream(config.publish_timeout)
 }

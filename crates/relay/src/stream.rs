@@ -9,7 +9,7 @@ use async_nats::jetstream::{self, ErrorCode};
 use chrono::{DateTime, Utc};
 use event::nats::{STREAM, SUBJECTS};
 use outbox::retention::StreamPosition;
-use service::nats::Link;
+use service::nats::{JetStreamError, Link, Nats};
 
 use crate::Config;
 
@@ -22,18 +22,12 @@ const HEADER_BYTES: usize = 1024;
 /// Why there is no usable stream.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
-    /// The server has no JetStream, or not for this account.
-    #[error("JetStream is not enabled on the NATS server or for this account; start it with -js")]
-    NoJetStream,
-    /// The credentials may not use the JetStream API.
-    #[error(
-        "no answer from the JetStream API for stream {STREAM}; the NATS user needs permission to publish on \
-         $JS.API.STREAM.INFO.{STREAM} and $JS.API.STREAM.CREATE.{STREAM} and to subscribe to _INBOX.>"
-    )]
-    NoAnswer(#[source] async_nats::Error),
+    /// It cannot be looked at.
+    #[error("cannot look at stream {STREAM}")]
+    Look(#[source] JetStreamError),
     /// Creating it failed.
     #[error("cannot create stream {STREAM}")]
-    Create(#[source] async_nats::Error),
+    Create(#[source] JetStreamError),
     /// It exists, but with options under which invalidations could be lost.
     #[error("stream {STREAM} has unsafe options: {findings}; correct them with `nats stream edit {STREAM}`")]
     Unsafe {
@@ -108,26 +102,29 @@ pub fn wanted(config: &Config) -> StreamConfig {
 /// # Errors
 /// [`StreamError`].
 pub async fn ensure(
+    nats: &Nats,
     jetstream: &jetstream::Context,
     config: &Config,
-    max_payload: usize,
     link: Link,
 ) -> Result<Usable, StreamError> {
     let info = match jetstream.get_stream(STREAM).await {
         Ok(stream) => stream.cached_info().clone(),
-        Err(error) if is_missing(&error) => create(jetstream, config).await?,
-        Err(error) => return Err(explain(error)),
+        Err(error) if is_missing(&error) => create(nats, jetstream, config).await?,
+        Err(error) => return Err(StreamError::Look(nats.judge(error))),
     };
     let findings = unsafe_options(&info.config);
     if !findings.is_empty() {
         return Err(StreamError::Unsafe { findings: findings.join("; ") });
     }
+    let max_payload = nats.client.server_info().max_payload;
     Ok(Usable { position: position(&info), max_body: max_body(&info.config, max_payload), link })
 }
 
-async fn create(jetstream: &jetstream::Context, config: &Config) -> Result<Info, StreamError> {
-    let stream =
-        jetstream.create_stream(wanted(config)).await.map_err(|error| StreamError::Create(error.into()))?;
+async fn create(nats: &Nats, jetstream: &jetstream::Context, config: &Config) -> Result<Info, StreamError> {
+    let stream = jetstream
+        .create_stream(wanted(config))
+        .await
+        .map_err(|error| StreamError::Create(nats.judge(error)))?;
     tracing::info!(stream = STREAM, "created the stream");
     Ok(stream.cached_info().clone())
 }
@@ -135,23 +132,6 @@ async fn create(jetstream: &jetstream::Context, config: &Config) -> Result<Info,
 fn is_missing(error: &jetstream::context::GetStreamError) -> bool {
     matches!(error.kind(), jetstream::context::GetStreamErrorKind::JetStream(error)
         if error.error_code() == ErrorCode::STREAM_NOT_FOUND)
-}
-
-fn explain(error: jetstream::context::GetStreamError) -> StreamError {
-    match error.kind() {
-        jetstream::context::GetStreamErrorKind::JetStream(reason)
-            if matches!(
-                reason.error_code(),
-                ErrorCode::JETSTREAM_NOT_ENABLED | ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT
-            ) =>
-        {
-            StreamError::NoJetStream
-        }
-        _ => {
-            let no_responders = error.to_string().contains("no responders");
-            if no_responders { StreamError::NoJetStream } else { StreamError::NoAnswer(error.into()) }
-        }
-    }
 }
 
 /// Options under which acknowledged invalidations could disappear unread, whoever created the stream. Old servers drop

@@ -11,8 +11,8 @@ use service::{Backoff, Component, Report, Shutdown, failpoint};
 use sqlx::PgPool;
 use tokio::sync::{Notify, watch};
 
-use crate::database::{PATIENCE, within};
-use crate::keeper::NOT_CONNECTED;
+use crate::database::{PATIENCE, explain, within};
+use crate::keeper::not_connected;
 use crate::metrics as names;
 use crate::pace::FromSeq;
 use crate::packing::{Limits, pack};
@@ -67,6 +67,15 @@ enum CycleError {
     NoStream,
 }
 
+impl CycleError {
+    async fn explain(self, pool: &PgPool) -> Self {
+        match self {
+            Self::Database(error) => explain(&pool.connect_options(), error).await.into(),
+            other => other,
+        }
+    }
+}
+
 /// What a cycle did.
 #[derive(Debug, Clone, Copy)]
 struct Cycle {
@@ -114,7 +123,7 @@ pub async fn poll(shared: Arc<Shared>, health: Component, shutdown: Shutdown) {
                     rest(held_elsewhere.next_delay(), &shutdown).await;
                 }
             }
-            Err(error) => recover(&shared, &health, &mut retry, &error, &shutdown).await,
+            Err(error) => recover(&shared, &health, &mut retry, error, &shutdown).await,
         }
     }
 }
@@ -155,7 +164,7 @@ pub async fn help(shared: Arc<Shared>, health: Component, sweeps: bool, shutdown
                     shared.more.notify_one();
                 }
             }
-            Err(error) => recover(&shared, &health, &mut retry, &error, &shutdown).await,
+            Err(error) => recover(&shared, &health, &mut retry, error, &shutdown).await,
         }
     }
 }
@@ -163,7 +172,7 @@ pub async fn help(shared: Arc<Shared>, health: Component, sweeps: bool, shutdown
 impl Shared {
     /// What may be published to now, or why nothing may.
     pub fn usable(&self) -> Result<Usable, String> {
-        if self.nats.link().connected { self.stream.borrow().clone() } else { Err(NOT_CONNECTED.to_owned()) }
+        if self.nats.link().connected { self.stream.borrow().clone() } else { Err(not_connected(&self.nats)) }
     }
 
     /// Waits until [`usable`](Self::usable) may say something else than that nothing may.
@@ -210,12 +219,13 @@ async fn recover(
     shared: &Shared,
     health: &Component,
     retry: &mut Backoff,
-    error: &CycleError,
+    error: CycleError,
     shutdown: &Shutdown,
 ) {
+    let error = error.explain(&shared.pool).await;
     counter!(names::CLAIMS, "result" => "failed").increment(1);
-    let report = Report::of(error);
-    match error {
+    let report = Report::of(&error);
+    match &error {
         CycleError::Broker(reason) => {
             counter!(names::PUBLISH_FAILURES, "reason" => reason.reason()).increment(1);
             shared.suspect_stream.notify_one();

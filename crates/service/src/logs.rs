@@ -127,8 +127,16 @@ fn is_ours(metadata: &Metadata<'_>) -> bool {
     !EXPORT.iter().any(|target| metadata.target().starts_with(target))
 }
 
+/// What the client library of NATS says by itself: a line for each attempt to connect, without the cause, which the module
+/// `nats` logs once.
+const NATS_CLIENT: &str = "async_nats=warn,async_nats::connector=off";
+
 fn env_filter(text: &str, level: LevelFilter) -> Result<EnvFilter, ParseError> {
-    EnvFilter::builder().with_default_directive(level.into()).parse(text)
+    let builder = EnvFilter::builder().with_default_directive(level.into());
+    if text.contains("async_nats") {
+        return builder.parse(text);
+    }
+    builder.parse(format!("{text},{NATS_CLIENT}").trim_start_matches(','))
 }
 
 /// Refuses a bad filter while the command line is read, where the error names the variable.
@@ -145,7 +153,10 @@ mod tests {
         for text in ["info", "warn,relay=debug", "relay[claim]=trace"] {
             assert_eq!(parse_filter(text).unwrap(), text);
         }
-        assert_eq!(env_filter("", LevelFilter::WARN).unwrap().to_string(), "warn");
+        let shown = |text| env_filter(text, LevelFilter::WARN).unwrap().to_string();
+        assert!(shown("").contains("async_nats=warn") && shown("").ends_with("warn"), "{}", shown(""));
+        assert!(shown("debug").contains("async_nats=warn"), "{}", shown("debug"));
+        assert_eq!(shown("info,async_nats=debug"), "async_nats=debug,info");
         assert!(parse_filter("relay=loud").is_err());
     }
 }

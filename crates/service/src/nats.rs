@@ -1,12 +1,23 @@
 //! The connection to NATS: options, errors that say what to fix, and whether it is up at this moment.
 
-use std::{future::Future, path::PathBuf, time::Duration};
+mod creds;
+mod options;
+pub(crate) mod trouble;
 
-use async_nats::{ConnectErrorKind, ConnectOptions, Event, ServerAddr};
-use percent_encoding::percent_decode_str;
+use std::{future::Future, sync::Arc, time::Duration};
+
+use async_nats::{
+    ConnectErrorKind, ConnectOptions, Event,
+    jetstream::{self, context::ContextBuilder},
+};
 use tokio::{sync::watch, time::Instant};
 
-use crate::{Backoff, SecretUrl};
+use crate::{Backoff, SecretUrl, secret::SecretFileError, secret_url::SecretUrlError};
+
+pub use creds::CredsError;
+pub use options::NatsOptions;
+pub use trouble::JetStreamError;
+use trouble::Trouble;
 
 /// A dead broker is noticed after two missed pings; the library's own default of a minute is far too long here.
 const PING_INTERVAL: Duration = Duration::from_secs(2);
@@ -20,28 +31,6 @@ const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(1);
 /// How long a request such as stream information may take.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Options of the connection: flatten them into the binary's own.
-#[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
-pub struct NatsOptions {
-    /// NATS server or servers, separated by commas
-    #[arg(
-        long,
-        env = "NATS_URL",
-        hide_env_values = true,
-        default_value = "nats://127.0.0.1:4222",
-        global = true
-    )]
-    pub nats_url: SecretUrl,
-
-    /// File with NATS credentials (a .creds file)
-    #[arg(long, env = "NATS_CREDS", value_name = "FILE", global = true)]
-    pub nats_creds: Option<PathBuf>,
-
-    /// File with the certificate authority of the NATS servers; implies TLS
-    #[arg(long, env = "NATS_CA", value_name = "FILE", global = true)]
-    pub nats_ca: Option<PathBuf>,
-}
-
 /// Why there is no connection to NATS.
 #[derive(Debug, thiserror::Error)]
 pub enum NatsError {
@@ -51,11 +40,33 @@ pub enum NatsError {
         /// The address, without credentials.
         url: SecretUrl,
     },
+    /// The file does not hold an address.
+    #[error("cannot use the content of {file} (NATS_URL_FILE)")]
+    UrlFile {
+        /// The file.
+        file: String,
+        /// What is wrong with its content.
+        source: SecretUrlError,
+    },
+    /// The address names no server.
+    #[error("NATS_URL (--nats-url) names no server")]
+    NoServer,
+    /// A file cannot be read.
+    #[error(transparent)]
+    File(#[from] SecretFileError),
     /// The credentials file cannot be used.
-    #[error("the file of NATS_CREDS (--nats-creds) cannot be read")]
-    Credentials(#[source] std::io::Error),
+    #[error("cannot use the credentials in {file} (NATS_CREDS)")]
+    Credentials {
+        /// The file.
+        file: String,
+        /// What is wrong with its content.
+        source: CredsError,
+    },
     /// The server wants other credentials.
-    #[error("NATS at {url} refuses the credentials; check the user and password in NATS_URL, or NATS_CREDS")]
+    #[error(
+        "NATS at {url} refuses the credentials; check NATS_CREDS, or NATS_USER and NATS_PASSWORD, or user and password \
+         in NATS_URL"
+    )]
     Refused {
         /// The address, without credentials.
         url: SecretUrl,
@@ -77,7 +88,7 @@ impl NatsError {
     /// Whether the options are at fault, whatever the world is like.
     #[must_use]
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::Url { .. } | Self::Credentials(_))
+        !matches!(self, Self::Refused { .. } | Self::Unreachable { .. })
     }
 }
 
@@ -87,6 +98,9 @@ pub struct Nats {
     /// The client.
     pub client: async_nats::Client,
     link: watch::Receiver<Link>,
+    trouble: Arc<Trouble>,
+    url: SecretUrl,
+    api_prefix: String,
 }
 
 /// Whether the connection is up. `epoch` grows with every loss, so that a loss between two looks is noticed.
@@ -101,34 +115,66 @@ pub struct Link {
 impl Nats {
     /// Connects, trying again for up to `patience` while nobody answers; wrong credentials fail at once.
     ///
+    /// Files with credentials and certificates are read again for each attempt, later ones included.
+    ///
     /// # Errors
     /// [`NatsError`].
     pub async fn connect(options: &NatsOptions, name: &str, patience: Duration) -> Result<Self, NatsError> {
-        let url = &options.nats_url;
-        let servers = url
-            .expose()
-            .split(',')
-            .map(|server| server.trim().parse::<ServerAddr>())
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(|_| NatsError::Url { url: url.clone() })?;
+        let url = options.url()?;
+        let servers = options.servers()?;
+        options.check_files()?;
         let started = Instant::now();
         let mut backoff = Backoff::new(Duration::from_millis(50), MAX_RECONNECT_DELAY);
         loop {
-            let (connect, link) = connect_options(options, name).await?;
-            let connect = with_credentials_of(connect, &servers);
+            let trouble = Arc::new(Trouble::default());
+            let (connect, link) = connect_options(options, name, &trouble);
             let error = match connect.connect(servers.as_slice()).await {
-                Ok(client) => return Ok(Self { client, link }),
+                Ok(client) => {
+                    let api_prefix = options.api_prefix();
+                    return Ok(Self { client, link, trouble, url, api_prefix });
+                }
                 Err(error) => error,
             };
             if is_refusal(&error) {
-                return Err(NatsError::Refused { url: url.clone() });
+                return Err(NatsError::Refused { url });
             }
             let delay = backoff.next_delay();
             if started.elapsed() + delay >= patience {
-                return Err(NatsError::Unreachable { url: url.clone(), waited: patience, source: error });
+                return Err(NatsError::Unreachable { url, waited: patience, source: error });
             }
             tokio::time::sleep(delay).await;
         }
+    }
+
+    /// The address, without credentials.
+    #[must_use]
+    pub fn url(&self) -> &SecretUrl {
+        &self.url
+    }
+
+    /// JetStream in the domain that the options name. Requests and acknowledgements of publishes time out.
+    #[must_use]
+    pub fn jetstream(&self, timeout: Duration) -> jetstream::Context {
+        ContextBuilder::new()
+            .api_prefix(&self.api_prefix)
+            .timeout(timeout)
+            .ack_timeout(timeout)
+            .build(self.client.clone())
+    }
+
+    /// Says what an error of a request to JetStream means, as far as the server has told.
+    pub fn judge(&self, error: impl Into<async_nats::Error>) -> JetStreamError {
+        if self.link().connected {
+            self.trouble.judge(error.into(), self.api_prefix.clone())
+        } else {
+            JetStreamError::NotConnected(self.trouble.why_not_connected())
+        }
+    }
+
+    /// Why there is no connection at this moment, for people.
+    #[must_use]
+    pub fn why_not_connected(&self) -> String {
+        self.trouble.why_not_connected()
     }
 
     /// Whether the connection is up, and how often it was lost.
@@ -153,51 +199,48 @@ impl Nats {
     }
 }
 
-async fn connect_options(
+fn connect_options(
     options: &NatsOptions,
     name: &str,
-) -> Result<(ConnectOptions, watch::Receiver<Link>), NatsError> {
+    trouble: &Arc<Trouble>,
+) -> (ConnectOptions, watch::Receiver<Link>) {
     let (sender, link) = watch::channel(Link { connected: false, epoch: 0 });
-    let mut connect = ConnectOptions::new()
-        .name(name)
-        .ping_interval(PING_INTERVAL)
-        .connection_timeout(CONNECT_TIMEOUT)
-        .request_timeout(Some(REQUEST_TIMEOUT))
-        .reconnect_delay_callback(|attempt| {
-            let shift = u32::try_from(attempt.min(10)).expect("at most 10");
-            Duration::from_millis(10 << shift).min(MAX_RECONNECT_DELAY)
-        })
-        .event_callback(move |event| {
-            note(&sender, &event);
-            std::future::ready(())
-        });
-    if let Some(file) = &options.nats_creds {
-        connect = connect.credentials_file(file).await.map_err(NatsError::Credentials)?;
-    }
+    let (of_auth, of_events, of_attempts) = (options.clone(), Arc::clone(trouble), Arc::clone(trouble));
+    let mut connect =
+        ConnectOptions::with_auth_callback(move |nonce| std::future::ready(of_auth.auth_again(&nonce)))
+            .name(name)
+            .ping_interval(PING_INTERVAL)
+            .connection_timeout(CONNECT_TIMEOUT)
+            .request_timeout(Some(REQUEST_TIMEOUT))
+            .reconnect_delay_callback(|attempt| {
+                let shift = u32::try_from(attempt.min(10)).expect("at most 10");
+                Duration::from_millis(10 << shift).min(MAX_RECONNECT_DELAY)
+            })
+            // Called before each attempt, it is the only place that learns why the ones before have failed.
+            .reconnect_to_server_callback(move |servers, _| {
+                if let Some(failures) = of_attempts.attempted(&servers) {
+                    tracing::warn!("cannot connect to NATS; trying again: {failures}");
+                }
+                std::future::ready(None)
+            })
+            .event_callback(move |event| {
+                note(&sender, &of_events, &event);
+                std::future::ready(())
+            });
     if let Some(file) = &options.nats_ca {
         connect = connect.add_root_certificates(file.clone()).require_tls(true);
     }
-    Ok((connect, link))
-}
-
-/// The library leaves user and password in the URL alone; a lone user is a token, as NATS has it.
-fn with_credentials_of(connect: ConnectOptions, servers: &[ServerAddr]) -> ConnectOptions {
-    let decode = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
-    let Some((user, password)) =
-        servers.iter().find_map(|server| Some((server.username()?, server.password())))
-    else {
-        return connect;
-    };
-    match password {
-        Some(password) => connect.user_and_password(decode(user), decode(password)),
-        None => connect.token(decode(user)),
+    if let Some((certificate, key)) = options.client_certificate() {
+        connect = connect.add_client_certificate(certificate.into(), key.into()).require_tls(true);
     }
+    (connect, link)
 }
 
-fn note(sender: &watch::Sender<Link>, event: &Event) {
+fn note(sender: &watch::Sender<Link>, trouble: &Trouble, event: &Event) {
     match event {
         Event::Connected => {
             tracing::info!("connected to NATS");
+            trouble.connected();
             sender.send_modify(|link| link.connected = true);
         }
         Event::Disconnected => {
@@ -206,9 +249,14 @@ fn note(sender: &watch::Sender<Link>, event: &Event) {
         }
         // By us: attempts to connect again have no limit.
         Event::Closed => lose(sender),
-        Event::ServerError(error) => tracing::warn!(%error, "NATS reports an error"),
-        Event::ClientError(error) => tracing::debug!(%error, "NATS client reports an error"),
-        Event::SlowConsumer(_) | Event::LameDuckMode | Event::Draining => tracing::debug!(%event, "NATS"),
+        Event::ServerError(error) => {
+            if let Some(error) = trouble.refused(error) {
+                tracing::warn!("NATS reports an error: {error}");
+            }
+        }
+        Event::ClientError(_) | Event::SlowConsumer(_) | Event::LameDuckMode | Event::Draining => {
+            tracing::debug!(%event, "NATS");
+        }
     }
 }
 

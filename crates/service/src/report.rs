@@ -2,6 +2,8 @@
 
 use std::{error::Error, fmt};
 
+use crate::nats::trouble;
+
 /// An error with all its causes on one line: `message: cause: cause of the cause`.
 ///
 /// The one way in which log, `/readyz`, `status` and `doctor` show an error. A cause that a message before it repeats is
@@ -18,6 +20,9 @@ impl Report {
         for cause in causes(error) {
             append(&mut line, ": ", &without_source_line(cause, cause.to_string()));
             append(&mut line, "; ", &advice(cause));
+        }
+        if let Some(advice) = general_advice(&line) {
+            append(&mut line, "; ", advice);
         }
         Self(printable(&without_credentials(&line)))
     }
@@ -75,17 +80,34 @@ fn without_credentials(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     let mut rest = text;
     while let Some(begin) = rest.find("://").map(|at| at + 3) {
-        shown.push_str(&rest[..begin]);
-        rest = &rest[begin..];
+        let (scheme, authority) = rest.split_at(begin);
+        shown.push_str(scheme);
+        rest = authority;
         let end = rest.find([' ', '"', '\'', '`', ')', '/']).unwrap_or(rest.len());
         if let Some(at) = rest[..end].rfind('@') {
-            let user = rest[..at].split_once(':').map_or("", |(user, _)| user);
-            shown.push_str(user);
-            shown.push_str(if user.is_empty() { "***" } else { ":***" });
+            shown.push_str(&match rest[..at].split_once(':') {
+                Some((user, _)) => format!("{user}:***"),
+                // In NATS a lone name is a token.
+                None if scheme.ends_with("postgres://") || scheme.ends_with("postgresql://") => {
+                    rest[..at].to_owned()
+                }
+                None => "***".to_owned(),
+            });
             rest = &rest[at..];
         }
     }
     shown + rest
+}
+
+/// What to do about causes whose own text does not say it, whichever server they come from.
+fn general_advice(line: &str) -> Option<&'static str> {
+    if line.contains("corrupt message of type InvalidContentType") {
+        Some("the server does not speak TLS at this port")
+    } else if line.contains("alert: CertificateRequired") {
+        Some("the server asks for a client certificate")
+    } else {
+        trouble::advice(line)
+    }
 }
 
 /// Postgres names the line of its own C source, which reads like a line of the operator's file.
@@ -169,7 +191,8 @@ mod tests {
             ("at redis://app:p@ss@cache:6379/0 (x@y)", "at redis://app:***@cache:6379/0 (x@y)"),
             ("'nats://token@a:4222', nats://b", "'nats://***@a:4222', nats://b"),
             ("see https://example.org/a@b", "see https://example.org/a@b"),
-            ("redis://:secret@cache", "redis://***@cache"),
+            ("redis://:secret@cache", "redis://:***@cache"),
+            ("no postgres://ann@db/x here", "no postgres://ann@db/x here"),
         ];
         for (text, expected) in cases {
             assert_eq!(report(text), expected);

@@ -51,7 +51,7 @@ pub async fn execute(command: Command, config: &Config) -> anyhow::Result<()> {
     let redis = config.connect_redis()?;
     let nats = Nats::connect(&config.nats, "subscriber-admin", config.startup_timeout.min(PATIENCE)).await?;
     let jetstream = broker::jetstream(&nats);
-    let stream = broker::stream(&jetstream).await;
+    let stream = broker::stream(&nats, &jetstream).await;
     if matches!(command, Command::Status) && config.debezium_stream.is_some() {
         debezium_status(&jetstream, config).await?;
         if matches!(stream, Err(BrokerError::NoStream)) {

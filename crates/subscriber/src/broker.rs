@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::PullConsumer;
-use async_nats::jetstream::context::{GetStreamError, GetStreamErrorKind};
+use async_nats::jetstream::context::GetStreamErrorKind;
 use async_nats::jetstream::stream::{Config as StreamConfig, DiscardPolicy, RawMessageErrorKind, Stream};
 use async_nats::jetstream::{self, ErrorCode};
 use event::nats::{DEAD_SUBJECTS, STREAM};
-use service::nats::Nats;
+use service::nats::{JetStreamError, Nats};
 
 use crate::position::Seen;
 
@@ -20,21 +20,21 @@ const DEAD_MAX_AGE: Duration = Duration::from_hours(30 * 24);
 /// Most bytes of dead letters: a producer of garbage must not fill the disk of the broker.
 const DEAD_MAX_BYTES: i64 = 256 * 1024 * 1024;
 
+/// How long JetStream may take to answer.
+const TIMEOUT: Duration = Duration::from_secs(5);
+
 /// Why NATS cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum BrokerError {
-    /// The server has no JetStream, or not for this account.
-    #[error("JetStream is not enabled on the NATS server or for this account; start it with -js")]
-    NoJetStream,
     /// Nobody has created the stream yet.
     #[error("stream {STREAM} does not exist; start a relay, which creates it")]
     NoStream,
-    /// The credentials may not use the JetStream API, or NATS is overloaded.
-    #[error(
-        "no answer from the JetStream API; the NATS user needs permission to publish on $JS.API.> and $JS.ACK.> \
-         and to subscribe to _INBOX.>"
-    )]
-    NoAnswer(#[source] async_nats::Error),
+    /// The stream cannot be looked at.
+    #[error("cannot look at stream {STREAM}")]
+    Look(#[source] JetStreamError),
+    /// The stream of dead letters cannot be created.
+    #[error("cannot create stream {DEAD_STREAM} for up to {} MB of dead letters", DEAD_MAX_BYTES / 1_000_000)]
+    DeadStream(#[source] JetStreamError),
     /// The consumer could not be created.
     #[error("cannot create durable consumer {durable}")]
     Consumer {
@@ -56,45 +56,42 @@ pub enum BrokerError {
     },
 }
 
+impl BrokerError {
+    /// Whether the same request can succeed a moment later.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::NoStream => true,
+            Self::Look(error) | Self::DeadStream(error) => error.may_pass(),
+            Self::Consumer { .. } | Self::Mismatch { .. } => false,
+        }
+    }
+}
+
 /// JetStream with timeouts fit for a subscriber.
 #[must_use]
 pub fn jetstream(nats: &Nats) -> jetstream::Context {
-    jetstream::context::ContextBuilder::new()
-        .timeout(Duration::from_secs(5))
-        .ack_timeout(Duration::from_secs(5))
-        .build(nats.client.clone())
+    nats.jetstream(TIMEOUT)
 }
 
 /// Finds the stream.
 ///
 /// # Errors
 /// [`BrokerError`].
-pub async fn stream(jetstream: &jetstream::Context) -> Result<Stream, BrokerError> {
-    jetstream.get_stream(STREAM).await.map_err(explain)
-}
-
-fn explain(error: GetStreamError) -> BrokerError {
-    if let GetStreamErrorKind::JetStream(reason) = error.kind() {
-        match reason.error_code() {
-            ErrorCode::STREAM_NOT_FOUND => return BrokerError::NoStream,
-            ErrorCode::JETSTREAM_NOT_ENABLED | ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT => {
-                return BrokerError::NoJetStream;
-            }
-            _ => {}
+pub async fn stream(nats: &Nats, jetstream: &jetstream::Context) -> Result<Stream, BrokerError> {
+    jetstream.get_stream(STREAM).await.map_err(|error| match error.kind() {
+        GetStreamErrorKind::JetStream(reason) if reason.error_code() == ErrorCode::STREAM_NOT_FOUND => {
+            BrokerError::NoStream
         }
-    }
-    if error.to_string().contains("no responders") {
-        BrokerError::NoJetStream
-    } else {
-        BrokerError::NoAnswer(error.into())
-    }
+        _ => BrokerError::Look(nats.judge(error)),
+    })
 }
 
 /// Makes sure there is a stream that keeps dead letters.
 ///
 /// # Errors
 /// [`BrokerError`].
-pub async fn ensure_dead_stream(jetstream: &jetstream::Context) -> Result<(), BrokerError> {
+pub async fn ensure_dead_stream(nats: &Nats, jetstream: &jetstream::Context) -> Result<(), BrokerError> {
     let wanted = StreamConfig {
         name: DEAD_STREAM.to_owned(),
         description: Some("Messages of INVALIDATIONS that could not be decoded".to_owned()),
@@ -106,7 +103,7 @@ pub async fn ensure_dead_stream(jetstream: &jetstream::Context) -> Result<(), Br
     };
     match jetstream.get_or_create_stream(wanted).await {
         Ok(_) => Ok(()),
-        Err(error) => Err(BrokerError::NoAnswer(error.into())),
+        Err(error) => Err(BrokerError::DeadStream(nats.judge(error))),
     }
 }
 

@@ -9,6 +9,7 @@ use service::{Health, HttpServer, Limits, Metrics, Report, Shutdown, drain};
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
+use crate::broker::BrokerError;
 use crate::dead::DeadLetters;
 use crate::debezium::Debezium;
 use crate::supervisor::Supervisor;
@@ -60,11 +61,17 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         tasks.spawn(debezium.run(health.component("debezium", limits), shutdown.clone()));
     }
     tasks.spawn(resolver::run(redis.clone(), nats.clone(), shutdown.clone()));
-    let supervisor = Supervisor { nats, jetstream, redis, consumer: consumer_sender, config: config.clone() };
+    let supervisor = Supervisor {
+        nats: nats.clone(),
+        jetstream,
+        redis,
+        consumer: consumer_sender,
+        config: config.clone(),
+    };
     let mut watch = tokio::spawn(supervisor.run(watching, shutdown.clone()));
     tasks.close();
     tracing::info!(
-        nats = %config.nats.nats_url, redis = %config.redis_url, durable = config.durable, http = %http.local_addr(),
+        nats = %nats.url(), redis = %config.redis_url, durable = config.durable, http = %http.local_addr(),
         "subscriber runs"
     );
 
@@ -96,8 +103,7 @@ async fn open(config: &Config) -> anyhow::Result<Opened> {
         .with_context(|| format!("REDIS_URL (--redis-url) {} cannot be used", config.redis_url))?;
     let nats = Nats::connect(&config.nats, "subscriber", config.startup_timeout).await?;
     let jetstream = broker::jetstream(&nats);
-    wait_for_stream(&jetstream, config).await?;
-    broker::ensure_dead_stream(&jetstream).await?;
+    wait_for_streams(&nats, &jetstream, config).await?;
     let debezium = debezium::prepare(config, &jetstream, &redis).await?;
     Ok(Opened { redis, nats, jetstream, debezium })
 }
@@ -114,16 +120,31 @@ async fn refuse_wrong_credentials(redis: &Redis) -> Result<(), cache::RedisError
     }
 }
 
-/// The relay creates the stream; whoever starts both at once need not care about the order. Who has Debezium's events to
-/// apply may have no relay at all.
-async fn wait_for_stream(jetstream: &jetstream::Context, config: &Config) -> Result<(), broker::BrokerError> {
+/// Waits until both streams are there. The relay creates the one with events; whoever starts both at once need not care about
+/// the order. Who has Debezium's events to apply may have no relay at all.
+async fn wait_for_streams(
+    nats: &Nats,
+    jetstream: &jetstream::Context,
+    config: &Config,
+) -> Result<(), BrokerError> {
     let started = tokio::time::Instant::now();
     loop {
-        match broker::stream(jetstream).await {
-            Err(broker::BrokerError::NoStream) if config.debezium_stream.is_some() => return Ok(()),
-            Err(broker::BrokerError::NoStream) if started.elapsed() < config.startup_timeout => {}
-            other => return other.map(drop),
+        match find_streams(nats, jetstream, config).await {
+            Err(error) if error.may_pass() && started.elapsed() < config.startup_timeout => {}
+            other => return other,
         }
         tokio::time::sleep(STREAM_POLL).await;
     }
+}
+
+async fn find_streams(
+    nats: &Nats,
+    jetstream: &jetstream::Context,
+    config: &Config,
+) -> Result<(), BrokerError> {
+    match broker::stream(nats, jetstream).await {
+        Err(BrokerError::NoStream) if config.debezium_stream.is_some() => {}
+        other => drop(other?),
+    }
+    broker::ensure_dead_stream(nats, jetstream).await
 }

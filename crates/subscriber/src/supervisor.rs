@@ -14,7 +14,7 @@ use cache::Redis;
 use chrono::DateTime;
 use event::nats::STREAM;
 use metrics::gauge;
-use service::nats::{Link, Nats};
+use service::nats::{JetStreamError, Link, Nats};
 use service::{Backoff, Component, Report, SaidLately, Shutdown};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -77,10 +77,12 @@ struct Memory {
 
 #[derive(Debug, thiserror::Error)]
 enum LookError {
+    #[error("{0}; nothing is consumed")]
+    NotConnected(String),
     #[error(transparent)]
     Broker(#[from] BrokerError),
     #[error("cannot look at the stream")]
-    Stream(#[source] async_nats::Error),
+    Stream(#[source] JetStreamError),
     #[error("Redis does not answer")]
     Redis(#[from] cache::RedisError),
     #[error(
@@ -152,7 +154,13 @@ impl Supervisor {
         }
         self.take_word_of(&masters.instances, memory).await?;
         let position = memory.position.clone().unwrap_or_default();
-        let seen = match self.look_at_stream(memory, &position).await {
+        let link = self.nats.link();
+        let seen = tokio::select! {
+            seen = self.look_at_stream(memory, &position) => seen,
+            // Rather than after the time that a request may take.
+            () = self.nats.lost_since(link) => Err(LookError::NotConnected(self.nats.why_not_connected())),
+        };
+        let seen = match seen {
             Err(LookError::Broker(BrokerError::NoStream)) if self.may_lack_stream(&position) => {
                 if !std::mem::replace(&mut memory.lacks_stream, true) {
                     tracing::info!(
@@ -201,7 +209,7 @@ impl Supervisor {
     async fn look_at_stream(&self, memory: &mut Memory, position: &Position) -> Result<Seen, LookError> {
         if memory.handles.is_none() {
             self.consumer.send_replace(None);
-            let stream = broker::stream(&self.jetstream).await?;
+            let stream = broker::stream(&self.nats, &self.jetstream).await?;
             // A consumer that was lost begins where the last one is known to have been; one of a new stream with
             // everything.
             let same = position.stream_created_us == stream.cached_info().created.timestamp_micros();
@@ -211,7 +219,9 @@ impl Supervisor {
             memory.handles = Some((stream, consumer));
         }
         let (stream, consumer) = memory.handles.as_mut().expect("set above");
-        let (mut seen, pending) = broker::look(stream, consumer).await.map_err(LookError::Stream)?;
+        let (mut seen, pending) = broker::look(stream, consumer)
+            .await
+            .map_err(|error| LookError::Stream(self.nats.judge(error)))?;
         // A stream that was shorter may be long again, but only NATS that was away comes back with old data.
         let link = self.nats.link();
         if memory.looked_inside != Some(link) && position.stream_created_us == seen.stream_created_us {

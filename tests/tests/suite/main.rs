@@ -18,6 +18,7 @@ mod replays;
 mod resolver;
 mod roles;
 mod schema;
+mod secrets;
 mod stopping;
 mod stream_losses;
 mod strict;

@@ -9,7 +9,7 @@ use wal::publication::{self, Drift};
 use wal::slot::{self, SlotState};
 
 use super::Capture;
-use crate::database::{PATIENCE, within};
+use crate::database::{PATIENCE, explain, within};
 use crate::metrics as names;
 
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -45,6 +45,7 @@ pub async fn monitor(capture: Arc<Capture>, health: Component, shutdown: Shutdow
                 }
             }
             Err(error) => {
+                let error = explain(&capture.shared.pool.connect_options(), error).await;
                 // A restart would not help a server that is down.
                 tracing::debug!(error = %Report::of(&error), "could not look at the slot");
                 health.not_ready(format!(

@@ -157,7 +157,7 @@ impl Supervisor {
             stream
                 .delete_consumer(&self.config.durable)
                 .await
-                .map_err(|error| LookError::Stream(error.into()))?;
+                .map_err(|error| LookError::Stream(self.nats.judge(error)))?;
             let since =
                 DateTime::from_timestamp_micros(position.acked_until_us.saturating_sub(CLOCK_MARGIN_US));
             let consumer = durable::consumer(&stream, &self.config, since).await?;
