@@ -1,73 +1,86 @@
 //! Change events of Debezium, by the same rules: for those who run Debezium Server with its NATS JetStream sink already.
 //!
 //! Debezium acts on the write-ahead log and so may be ahead of what new snapshots see: a reader may fill the old value again
-//! after the delete. The relay waits for visibility; here every change is applied once more after a while instead, which
+//! after the delete. The relay waits for visibility; here every change is applied at once, and once more after a while, which
 //! is a mitigation and no promise. Messages are acknowledged after the repetition.
 
+mod consumer;
+mod delivery;
 mod envelope;
+mod lane;
+mod poison;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 use async_nats::jetstream::consumer::pull::{self, MessagesErrorKind};
-use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer};
-use async_nats::jetstream::{self, AckKind, Message};
-use cache::{Redis, RedisError, Work};
-use futures::{FutureExt, StreamExt};
+use async_nats::jetstream::{self, Message};
+use cache::Redis;
+use futures::StreamExt;
 use metrics::counter;
 use rules::Rules;
-use service::{Backoff, Component, Report, Shutdown, UsageError};
+use service::{Backoff, Component, Health, Limits, Shutdown, UsageError};
 use tokio::sync::Semaphore;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio_util::task::TaskTracker;
 
+pub(crate) use consumer::durable;
+use delivery::{Delivery, Part};
 pub use envelope::{DebeziumError, decode};
+use lane::{Lane, Next};
+use poison::Poison;
 
-use crate::dead::DeadLetters;
+use crate::Config;
 use crate::metrics as names;
-use crate::worker::REFUSED_PAUSE;
-use crate::{Config, worker};
 
-/// Most messages applied together.
-const BATCH_MESSAGES: usize = 256;
+/// Most messages asked for at once, and so most that wait undecoded.
+const FETCH_MESSAGES: usize = 1_000;
 
-/// Most batches that wait for their repetition.
-const MAX_WAITING_BATCHES: usize = 64;
-
-/// Messages in hand: as many as wait, and a batch that is being fetched.
-const MAX_ACK_PENDING: i64 = ((MAX_WAITING_BATCHES + 1) * BATCH_MESSAGES) as i64;
+/// Most keys in hand, those that wait for their repetition included. It bounds the memory.
+const MAX_KEYS_IN_HAND: usize = 500_000;
 
 /// Signs of life that NATS is asked for while nothing comes.
 const HEARTBEAT: Duration = Duration::from_secs(5);
 
-/// Time on top of the pause before the repetition until a message counts as lost.
-const ACK_MARGIN: Duration = Duration::from_secs(30);
-
-/// Pauses after a failure of Redis or NATS.
+/// Pauses after a failure of NATS.
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
 
-/// What applies the change events.
+/// Applies the change events.
 #[derive(Debug)]
 pub struct Debezium {
     rules: Rules,
-    consumer: PullConsumer,
+    jetstream: jetstream::Context,
     redis: Redis,
-    dead: DeadLetters,
-    repeat_after: Duration,
-    ack_wait: Duration,
+    config: Config,
+    in_hand: Arc<Semaphore>,
 }
 
-/// Reads the rules and prepares the consumer; `None` if no stream of Debezium is configured.
+/// Reads the rules; `None` if no stream of Debezium is configured.
 ///
 /// # Errors
-/// What is wrong with options, rules or stream.
+/// The problem of options, rules or stream.
 pub async fn prepare(
     config: &Config,
     jetstream: &jetstream::Context,
     redis: &Redis,
 ) -> anyhow::Result<Option<Debezium>> {
-    let Some(stream_name) = &config.debezium_stream else { return Ok(None) };
+    if config.debezium_stream.is_none() {
+        return Ok(None);
+    }
+    let rules = load_rules(config)?;
+    consumer::open(config, jetstream).await?;
+    Ok(Some(Debezium {
+        rules,
+        jetstream: jetstream.clone(),
+        redis: redis.clone(),
+        config: config.clone(),
+        in_hand: Arc::new(Semaphore::new(MAX_KEYS_IN_HAND)),
+    }))
+}
+
+fn load_rules(config: &Config) -> Result<Rules, UsageError> {
     let file = config.rules.as_ref().ok_or_else(|| {
         UsageError(
             "SUBSCRIBER_RULES (--rules) is not set; SUBSCRIBER_DEBEZIUM_STREAM needs the rules file"
@@ -77,229 +90,137 @@ pub async fn prepare(
     let rules = Rules::load(file).map_err(|error| UsageError::of(&error))?;
     for table in rules.tables() {
         if let Some(expand) = table.expand.first() {
-            let unusable = format!(
+            return Err(UsageError(format!(
                 "{}:{}: table {}: expand asks the database, which the subscriber does not know; remove it, or capture \
                  with the relay",
                 rules.file(),
                 expand.sql.line,
                 table.qualified_name()
-            );
-            return Err(UsageError(unusable).into());
+            )));
         }
     }
-    let stream = jetstream.get_stream(stream_name).await.with_context(|| {
-        format!("SUBSCRIBER_DEBEZIUM_STREAM (--debezium-stream) {stream_name} cannot be used")
-    })?;
-    let durable = durable(config);
-    let ack_wait = config.debezium_repeat_after + ACK_MARGIN;
-    let wanted = pull::Config {
-        durable_name: Some(durable.clone()),
-        description: Some("Invalidates the keys of one cache by Debezium's change events".to_owned()),
-        deliver_policy: DeliverPolicy::All,
-        ack_policy: AckPolicy::Explicit,
-        ack_wait,
-        max_deliver: -1,
-        max_ack_pending: MAX_ACK_PENDING,
-        ..Default::default()
-    };
-    // Brings a consumer that is there already up to date: its time to acknowledge follows the pause.
-    let consumer = stream
-        .create_consumer(wanted)
-        .await
-        .map_err(|error| anyhow::anyhow!(error))
-        .with_context(|| format!("cannot create durable consumer {durable}"))?;
-    Ok(Some(Debezium {
-        rules,
-        consumer,
-        redis: redis.clone(),
-        dead: DeadLetters::new(jetstream.clone()),
-        repeat_after: config.debezium_repeat_after,
-        ack_wait,
-    }))
-}
-
-/// Name of the durable consumer of Debezium's stream.
-pub(crate) fn durable(config: &Config) -> String {
-    format!("{}-debezium", config.durable)
+    Ok(rules)
 }
 
 impl Debezium {
-    /// Applies change events until shutdown is requested. What is not acknowledged by then is delivered again.
-    pub async fn run(self, health: Component, shutdown: Shutdown) {
-        let this = Arc::new(self);
-        let waiting = Arc::new(Semaphore::new(MAX_WAITING_BATCHES));
-        let tasks = TaskTracker::new();
-        let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
-        while !shutdown.is_requested() {
-            if let Err(error) = this.fetch(&waiting, &tasks, &mut retry, &health, &shutdown).await {
-                tracing::warn!(error, "cannot fetch Debezium's change events; trying again");
-                health.not_ready(format!("cannot fetch Debezium's change events: {error}"));
-            }
-            tokio::select! {
-                () = shutdown.requested() => {}
-                () = tokio::time::sleep(retry.next_delay()) => {}
-            }
+    /// Applies change events until shutdown is requested. What is not acknowledged by then is given back and delivered
+    /// again.
+    pub async fn run(self, health: Health, limits: Limits, shutdown: Shutdown) {
+        let lanes = TaskTracker::new();
+        let mut pump = Pump {
+            keys: self.spawn_lanes(&lanes, &health, limits, &shutdown),
+            poison: Poison::spawn(&lanes, self.jetstream.clone()),
+            health: health.component("debezium", limits),
+            shutdown: shutdown.clone(),
+            debezium: self,
+        };
+        pump.run().await;
+        let client = pump.debezium.jetstream.client();
+        drop(pump);
+        lanes.close();
+        lanes.wait().await;
+        // The process ends soon; acknowledgements must not end with it.
+        if let Err(error) = client.flush().await {
+            tracing::debug!(%error, "cannot flush acknowledgements; change events will be applied once more");
         }
-        tasks.close();
-        tasks.wait().await;
     }
 
-    /// Fetches until shutdown is requested or it fails.
-    async fn fetch(
-        self: &Arc<Self>,
-        waiting: &Arc<Semaphore>,
+    /// Starts the lanes and returns the queue of the first one. Slow scans for prefixes and repetitions have lanes of their
+    /// own, so that no single key waits for them.
+    fn spawn_lanes(
+        &self,
         tasks: &TaskTracker,
-        retry: &mut Backoff,
-        health: &Component,
+        health: &Health,
+        limits: Limits,
         shutdown: &Shutdown,
-    ) -> Result<(), String> {
-        // A consumer that is gone does not show before the first message is missed.
-        self.consumer.get_info().await.map_err(|error| error.to_string())?;
-        let asking = self.consumer.stream().max_messages_per_batch(BATCH_MESSAGES).heartbeat(HEARTBEAT);
-        let messages = asking.messages().await.map_err(|error| error.to_string())?;
-        health.ready();
-        retry.reset();
-        self.pump(messages, waiting, tasks, health, shutdown).await.map_err(|error| error.to_string())
-    }
-
-    async fn pump(
-        self: &Arc<Self>,
-        mut messages: pull::Stream,
-        waiting: &Arc<Semaphore>,
-        tasks: &TaskTracker,
-        health: &Component,
-        shutdown: &Shutdown,
-    ) -> Result<(), pull::MessagesError> {
-        loop {
-            health.idle();
-            let first = tokio::select! {
-                () = shutdown.requested() => return Ok(()),
-                next = messages.next() => next,
+    ) -> UnboundedSender<Delivery> {
+        let start = |name, part, next| {
+            let (sender, queue) = unbounded_channel();
+            let lane = Lane {
+                queue,
+                part,
+                next,
+                redis: self.redis.clone(),
+                repeat_after: self.config.debezium_repeat_after,
+                ack_wait: consumer::ack_wait(&self.config),
+                health: health.component(name, limits),
+                shutdown: shutdown.clone(),
             };
-            health.beat();
-            let first = match first {
-                Some(Ok(first)) => first,
-                Some(Err(error)) if matches!(error.kind(), MessagesErrorKind::MissingHeartbeat) => continue,
+            tasks.spawn(lane.run());
+            sender
+        };
+        let repetition = start("debezium repetition", Part::Keys, Next::Acknowledge);
+        let repeated_prefixes = start("debezium repeated prefixes", Part::Everything, Next::Acknowledge);
+        let prefixes = start("debezium prefixes", Part::Prefixes, Next::Repetition(repeated_prefixes));
+        start("debezium keys", Part::Keys, Next::Prefixes { prefixes, repetition })
+    }
+}
+
+/// Fetches change events, decodes them and hands them to the lanes.
+struct Pump {
+    debezium: Debezium,
+    keys: UnboundedSender<Delivery>,
+    poison: Poison,
+    health: Component,
+    shutdown: Shutdown,
+}
+
+impl Pump {
+    async fn run(&mut self) {
+        let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
+        while !self.shutdown.is_requested() {
+            if let Err(error) = self.fetch(&mut retry).await {
+                let error = format!("{error:#}");
+                tracing::warn!(error, "cannot fetch Debezium's change events; trying again");
+                self.health.not_ready(format!("cannot fetch Debezium's change events: {error}"));
+            }
+            let _ = self.shutdown.or_done(tokio::time::sleep(retry.next_delay())).await;
+        }
+    }
+
+    /// Fetches until shutdown is requested or it fails. A stream or a consumer that was deleted is found or created anew by
+    /// the next call.
+    async fn fetch(&mut self, retry: &mut Backoff) -> anyhow::Result<()> {
+        let (_, consumer) = consumer::open(&self.debezium.config, &self.debezium.jetstream).await?;
+        let asking = consumer.stream().max_messages_per_batch(FETCH_MESSAGES).heartbeat(HEARTBEAT);
+        let messages = asking.messages().await.context("cannot ask for messages")?;
+        self.health.ready();
+        retry.reset();
+        self.pump(messages).await.context("the delivery of messages ended")
+    }
+
+    async fn pump(&mut self, mut messages: pull::Stream) -> Result<(), pull::MessagesError> {
+        loop {
+            self.health.idle();
+            let next = self.shutdown.or_done(messages.next()).await.flatten();
+            self.health.beat();
+            match next {
+                Some(Ok(message)) => self.take(message).await,
+                Some(Err(error)) if matches!(error.kind(), MessagesErrorKind::MissingHeartbeat) => {}
                 Some(Err(error)) => return Err(error),
                 None => return Ok(()),
-            };
-            let mut batch = Vec::new();
-            let mut work = Work::new();
-            self.take(first, &mut batch, &mut work).await;
-            while batch.len() < BATCH_MESSAGES
-                && let Some(Some(Ok(message))) = messages.next().now_or_never()
-            {
-                self.take(message, &mut batch, &mut work).await;
             }
-            let Ok(permit) = Arc::clone(waiting).acquire_owned().await else { return Ok(()) };
-            let (this, health, shutdown) = (Arc::clone(self), health.clone(), shutdown.clone());
-            tasks.spawn(async move {
-                this.settle(&batch, &work, &health, &shutdown).await;
-                drop(permit);
-            });
         }
     }
 
-    async fn take(&self, message: Message, batch: &mut Vec<Message>, work: &mut Work) {
-        match decode(&message.payload, &self.rules) {
+    async fn take(&mut self, message: Message) {
+        match decode(&message.payload, &self.debezium.rules) {
             Ok(events) => {
-                events.iter().for_each(|event| work.add(event));
-                batch.push(message);
+                counter!(names::DEBEZIUM_MESSAGES).increment(1);
+                self.hand_over(message, events).await;
             }
-            Err(error) => match self.dead.set_aside(&message, &error).await {
-                Ok(()) => counter!(names::DEAD_LETTERS).increment(1),
-                Err(failure) => {
-                    tracing::warn!(error = %Report::of(failure.as_ref()), "cannot set aside a change event that cannot be decoded");
-                }
-            },
+            Err(error) => self.poison.set_aside(message, error),
         }
     }
 
-    /// Applies a batch twice with the pause between, then acknowledges it.
-    async fn settle(&self, batch: &[Message], work: &Work, health: &Component, shutdown: &Shutdown) {
-        if !work.is_empty() {
-            if let Err(refused) = self.apply(batch, work, health, shutdown).await {
-                return self.settle_refused(batch, &refused, health, shutdown).await;
-            }
-            tokio::select! {
-                () = shutdown.requested() => return,
-                () = tokio::time::sleep(self.repeat_after) => {}
-            }
-            if let Err(refused) = self.apply(batch, work, health, shutdown).await {
-                return self.settle_refused(batch, &refused, health, shutdown).await;
-            }
-        }
-        if shutdown.is_requested() {
-            return;
-        }
-        for message in batch {
-            if let Err(error) = message.ack().await {
-                tracing::debug!(error = %Report::of(error.as_ref()), "could not acknowledge a change event; it will be applied once more");
-            }
-        }
-        counter!(names::DEBEZIUM_MESSAGES).increment(batch.len() as u64);
-    }
-
-    /// Tells the messages with keys that the user of Redis may not touch from the others: they come again later.
-    async fn settle_refused(
-        &self,
-        batch: &[Message],
-        error: &RedisError,
-        health: &Component,
-        shutdown: &Shutdown,
-    ) {
-        if let [message] = batch {
-            tracing::warn!(error = %Report::of(error), "change events are refused; trying them again in {REFUSED_PAUSE:?}");
-            if let Err(error) = message.ack_with(AckKind::Nak(Some(REFUSED_PAUSE))).await {
-                tracing::debug!(error = %Report::of(error.as_ref()), "could not give back a change event; it comes again later");
-            }
-            return;
-        }
-        let singly = batch.iter().map(async |message| {
-            let mut work = Work::new();
-            if let Ok(events) = decode(&message.payload, &self.rules) {
-                events.iter().for_each(|event| work.add(event));
-            }
-            Box::pin(self.settle(std::slice::from_ref(message), &work, health, shutdown)).await;
-        });
-        futures::future::join_all(singly).await;
-    }
-
-    /// Applies a batch for as long as it takes, or until shutdown is requested. An error if keys of it are refused.
-    async fn apply(
-        &self,
-        batch: &[Message],
-        work: &Work,
-        health: &Component,
-        shutdown: &Shutdown,
-    ) -> Result<(), RedisError> {
-        let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
-        let mut kept_alive = Instant::now();
-        while !shutdown.is_requested() {
-            let redis = self.redis.after_failures(retry.attempts());
-            let Err(error) = worker::apply(&redis, work, batch, self.ack_wait, health).await else {
-                if retry.attempts() > 0 {
-                    health.ready();
-                }
-                return Ok(());
-            };
-            counter!(names::REDIS_FAILURES).increment(1);
-            if matches!(error, RedisError::KeysRefused { .. }) {
-                return Err(error);
-            }
-            health.not_ready(format!("Redis does not apply change events: {}", Report::of(&error)));
-            if retry.attempts() == 0 {
-                tracing::warn!(error = %Report::of(&error), "Redis does not apply change events; keeping them until it does");
-            }
-            if kept_alive.elapsed() >= self.ack_wait / 3 {
-                kept_alive = Instant::now();
-                worker::keep_alive(batch).await;
-            }
-            tokio::select! {
-                () = shutdown.requested() => {}
-                () = tokio::time::sleep(retry.next_delay()) => {}
-            }
-        }
-        Ok(())
+    async fn hand_over(&self, message: Message, events: Vec<event::CommittedEvent>) {
+        let (_, acker) = message.split();
+        let keys = events.iter().map(|event| event.keys.len()).sum::<usize>().clamp(1, MAX_KEYS_IN_HAND);
+        let share = u32::try_from(keys).unwrap_or(u32::MAX);
+        // A Redis that is down is the lanes' concern, not a stall of this loop.
+        self.health.idle();
+        let share = Arc::clone(&self.debezium.in_hand).acquire_many_owned(share);
+        let Some(Ok(share)) = self.shutdown.or_done(share).await else { return };
+        let _ = self.keys.send(Delivery::new(acker, events, None, share));
     }
 }

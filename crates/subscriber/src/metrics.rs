@@ -26,6 +26,7 @@ metrics! {
     describe_counter REDELIVERIES = "subscriber_redeliveries_total", Count, "Messages that had been delivered before";
     describe_counter DEAD_LETTERS = "subscriber_dead_letters_total", Count, "Messages set aside because they cannot be decoded";
     describe_counter DEBEZIUM_MESSAGES = "subscriber_debezium_messages_total", Count, "Change events of Debezium that were applied, and repeated, and acknowledged";
+    describe_histogram DEBEZIUM_LAG = "subscriber_debezium_commit_to_delete_seconds", Seconds, "From the commit of a change that Debezium sent, by the clock of the database, until Redis applied it first";
     describe_counter REDIS_FAILURES = "subscriber_redis_failures_total", Count, "Failed attempts to apply a batch";
     describe_counter REPLAYS = "subscriber_replays_total", Count, "Replays of the stream, by reason";
     describe_counter REPLAYED = "subscriber_replayed_messages_total", Count, "Messages applied again by replays";

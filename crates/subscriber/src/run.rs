@@ -58,7 +58,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         tasks.spawn(worker::run(Arc::clone(&shared), health.component("apply", limits), shutdown.clone()));
     }
     if let Some(debezium) = debezium {
-        tasks.spawn(debezium.run(health.component("debezium", limits), shutdown.clone()));
+        tasks.spawn(debezium.run(health.clone(), limits, shutdown.clone()));
     }
     tasks.spawn(resolver::run(redis.clone(), nats.clone(), shutdown.clone()));
     let supervisor = Supervisor {

@@ -29,12 +29,17 @@ impl Bed {
         let pair = Pair::start().await.unwrap();
         let client = async_nats::connect(pair.stack.nats_url()).await.unwrap();
         let jetstream = jetstream::new(client);
-        let stream =
-            Config { name: "DBZ".to_owned(), subjects: vec!["dbz.>".to_owned()], ..Default::default() };
-        jetstream.create_stream(stream).await.unwrap();
         let rules = pair.stack.directory().path().join("rules.toml");
         std::fs::write(&rules, RULES).unwrap();
-        Self { pair, jetstream, rules: rules.display().to_string() }
+        let bed = Self { pair, jetstream, rules: rules.display().to_string() };
+        bed.create_stream().await;
+        bed
+    }
+
+    async fn create_stream(&self) {
+        let stream =
+            Config { name: "DBZ".to_owned(), subjects: vec!["dbz.>".to_owned()], ..Default::default() };
+        self.jetstream.create_stream(stream).await.unwrap();
     }
 
     fn environment(&self, repeat_after: &str) -> Vec<(&'static str, String)> {
@@ -83,6 +88,53 @@ async fn a_value_that_was_filled_before_the_commit_was_visible_is_removed_by_the
     bed.publish(&change("c", "null", r#"{"id":1,"email":"a@x"}"#)).await;
     bed.pair.until_none("user:1").await;
     bed.pair.fill("user:1").await.unwrap();
+    bed.pair.until_none("user:1").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_change_event_waits_for_the_repetitions_of_earlier_ones() {
+    let bed = Bed::new().await;
+    // No repetition becomes due while the test runs.
+    let subscriber = bed.pair.another_subscriber(&bed.environment("1h")).unwrap();
+    subscriber.until_ready().await;
+    for id in 1..=150 {
+        let key = format!("user:{id}");
+        bed.pair.fill(&key).await.unwrap();
+        bed.publish(&change("c", "null", &format!(r#"{{"id":{id},"email":"{id}@x"}}"#))).await;
+        bed.pair.until_none(&key).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_subscriber_that_stops_gives_back_what_it_has_not_repeated() {
+    let bed = Bed::new().await;
+    // Well below the time after which NATS would deliver the message again by itself.
+    let subscriber = bed.pair.another_subscriber(&bed.environment("3s")).unwrap();
+    subscriber.until_ready().await;
+    bed.pair.fill("user:1").await.unwrap();
+    bed.publish(&change("c", "null", r#"{"id":1,"email":"a@x"}"#)).await;
+    bed.pair.until_none("user:1").await;
+    subscriber.process().terminate().await.unwrap();
+    bed.pair.fill("user:1").await.unwrap();
+    let another = bed.pair.another_subscriber(&bed.environment("3s")).unwrap();
+    another.until_ready().await;
+    eventually(Duration::from_secs(25), async || {
+        matches!(bed.pair.is_cached("user:1").await, Ok(false))
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_of_debezium_that_was_created_anew_is_read_without_a_restart() {
+    let bed = Bed::new().await;
+    let subscriber = bed.pair.another_subscriber(&bed.environment("50ms")).unwrap();
+    subscriber.until_ready().await;
+    bed.jetstream.delete_stream("DBZ").await.unwrap();
+    subscriber.until_not_ready_because("DBZ").await;
+    bed.create_stream().await;
+    subscriber.until_ready().await;
+    bed.pair.fill("user:1").await.unwrap();
+    bed.publish(&change("c", "null", r#"{"id":1,"email":"a@x"}"#)).await;
     bed.pair.until_none("user:1").await;
 }
 
