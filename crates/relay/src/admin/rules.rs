@@ -1,3 +1,4 @@
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -6,7 +7,7 @@ use outbox::testing;
 use rules::catalog::{self, Facts};
 use rules::coverage::coverage;
 use rules::triggers::{self, Plan};
-use rules::{Image, JsonImage, Rules};
+use rules::{Image, JsonImage, Lock, Rules};
 use service::parse_duration;
 use sqlx::{AssertSqlSafe, PgConnection, PgPool};
 
@@ -20,6 +21,10 @@ pub enum RulesCommand {
         /// For capture from the write-ahead log: check replica identities rather than triggers
         #[arg(long)]
         wal: bool,
+        /// For Debezium: check replica identities rather than triggers, and write the types of the columns to this file,
+        /// which the subscriber reads (SUBSCRIBER_RULES_LOCK)
+        #[arg(long, value_name = "FILE", conflicts_with = "wal")]
+        lock: Option<PathBuf>,
     },
     /// Print the keys that a changed row would invalidate; needs no database
     Test(Trial),
@@ -91,13 +96,14 @@ pub(super) async fn execute(pool: &PgPool, command: RulesCommand, config: &Confi
     let mut connection = pool.acquire().await?;
     let facts = catalog::check(&mut connection, &rules).await?;
     match command {
-        RulesCommand::Check { wal: true } => {
+        RulesCommand::Check { lock: Some(file), .. } => lock(&mut connection, &rules, &facts, &file).await,
+        RulesCommand::Check { wal: true, .. } => {
             drop(connection);
             crate::capture::check_rules(pool, &rules).await?;
             println!("{} tables fit the database and its replica identities", facts.len());
             Ok(())
         }
-        RulesCommand::Check { wal: false } => {
+        RulesCommand::Check { wal: false, .. } => {
             println!("{} tables fit the database", facts.len());
             let plan = triggers::plan(&mut connection, &rules, &facts).await?;
             warn(&mut connection, &rules, &facts).await?;
@@ -122,6 +128,28 @@ pub(super) async fn execute(pool: &PgPool, command: RulesCommand, config: &Confi
             Ok(())
         }
     }
+}
+
+/// Writes the lock file, for a subscriber that has Debezium's messages and no database.
+async fn lock(
+    connection: &mut PgConnection,
+    rules: &Rules,
+    facts: &[Facts],
+    file: &Path,
+) -> anyhow::Result<()> {
+    catalog::check_identity(connection, rules, facts).await?;
+    let lock = Lock::of(rules, facts);
+    std::fs::write(file, lock.to_string())
+        .with_context(|| format!("cannot write the lock file {}", file.display()))?;
+    println!("{} tables fit the database and its replica identities", facts.len());
+    println!("{} has the types of their columns; give it to the subscriber beside the rules", file.display());
+    for (table, column, kind) in lock.unreadable() {
+        println!(
+            "!! table {table}, column {column}: Debezium does not send values of type {kind} as Postgres writes them, so \
+             the key prefixes are invalidated instead of single keys; use an ordinary text column that a trigger fills"
+        );
+    }
+    Ok(())
 }
 
 /// How the installed triggers differ from the rules, for the doctor; `None` without rules.
