@@ -90,6 +90,11 @@ pub struct Config {
     #[arg(long, env = "SUBSCRIBER_RULES", value_name = "FILE", global = true)]
     pub rules: Option<PathBuf>,
 
+    /// File with the types of the columns that the rules need, which `relay rules check --lock` writes; if not set, the file
+    /// beside the rules whose name ends in .lock, if there is one
+    #[arg(long, env = "SUBSCRIBER_RULES_LOCK", value_name = "FILE", global = true)]
+    pub rules_lock: Option<PathBuf>,
+
     /// When to apply a change event of Debezium once more: it may have come before its commit was visible to readers
     #[arg(long, env = "SUBSCRIBER_DEBEZIUM_REPEAT_AFTER", default_value = "1s", value_parser = parse_duration, global = true)]
     pub debezium_repeat_after: Duration,

@@ -4,11 +4,16 @@
 //! after the delete. The relay waits for visibility; here every change is applied at once, and once more after a while, which
 //! is a mitigation and no promise. Messages are acknowledged after the repetition.
 
+mod column;
 mod consumer;
+mod decoder;
 mod delivery;
 mod envelope;
+mod identity;
 mod lane;
+mod memory;
 mod poison;
+mod watch;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,18 +22,21 @@ use anyhow::Context;
 use async_nats::jetstream::consumer::pull::{self, MessagesErrorKind};
 use async_nats::jetstream::{self, Message};
 use cache::Redis;
+use event::CommittedEvent;
 use futures::StreamExt;
-use metrics::counter;
-use rules::Rules;
+use metrics::{counter, gauge};
+use rules::{Lock, Rules};
 use service::{Backoff, Component, Health, Limits, Shutdown, UsageError};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio_util::task::TaskTracker;
 
 pub(crate) use consumer::durable;
+pub use decoder::{Decoded, Decoder, Kind, Remark};
 use delivery::{Delivery, Part};
-pub use envelope::{DebeziumError, decode};
+pub use envelope::DebeziumError;
 use lane::{Lane, Next};
+use memory::Memory;
 use poison::Poison;
 
 use crate::Config;
@@ -43,6 +51,11 @@ const MAX_KEYS_IN_HAND: usize = 500_000;
 /// Signs of life that NATS is asked for while nothing comes.
 const HEARTBEAT: Duration = Duration::from_secs(5);
 
+/// Said at the start without a lock file.
+const NO_LOCK: &str = "the types of the columns are not known, since there is no lock file: without schemas in Debezium's \
+                       messages every change invalidates the key prefixes of its table; with schemas, bit(1), bytea, money and \
+                       name cannot be told from booleans and text; run `relay rules check --lock` and set SUBSCRIBER_RULES_LOCK";
+
 /// Pauses after a failure of NATS.
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
@@ -50,7 +63,7 @@ const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
 /// Applies the change events.
 #[derive(Debug)]
 pub struct Debezium {
-    rules: Rules,
+    decoder: Decoder,
     jetstream: jetstream::Context,
     redis: Redis,
     config: Config,
@@ -70,14 +83,25 @@ pub async fn prepare(
         return Ok(None);
     }
     let rules = load_rules(config)?;
+    let lock = load_lock(config, &rules)?;
+    if lock.is_none() {
+        tracing::warn!("{NO_LOCK}");
+    }
     consumer::open(config, jetstream).await?;
     Ok(Some(Debezium {
-        rules,
+        decoder: Decoder::new(rules, lock),
         jetstream: jetstream.clone(),
         redis: redis.clone(),
         config: config.clone(),
         in_hand: Arc::new(Semaphore::new(MAX_KEYS_IN_HAND)),
     }))
+}
+
+/// Reads the lock file that is named, or the one beside the rules if there is one.
+fn load_lock(config: &Config, rules: &Rules) -> Result<Option<Lock>, UsageError> {
+    let beside = config.rules.as_ref().map(|file| file.with_extension("lock")).filter(|file| file.exists());
+    let Some(file) = config.rules_lock.as_ref().or(beside.as_ref()) else { return Ok(None) };
+    Lock::load(file, rules).map(Some).map_err(|error| UsageError::of(&error))
 }
 
 fn load_rules(config: &Config) -> Result<Rules, UsageError> {
@@ -107,9 +131,13 @@ impl Debezium {
     /// again.
     pub async fn run(self, health: Health, limits: Limits, shutdown: Shutdown) {
         let lanes = TaskTracker::new();
+        let watch =
+            watch::run(self.config.clone(), self.jetstream.clone(), self.redis.clone(), shutdown.clone());
+        lanes.spawn(watch);
         let mut pump = Pump {
             keys: self.spawn_lanes(&lanes, &health, limits, &shutdown),
             poison: Poison::spawn(&lanes, self.jetstream.clone()),
+            memory: Memory::default(),
             health: health.component("debezium", limits),
             shutdown: shutdown.clone(),
             debezium: self,
@@ -161,6 +189,7 @@ struct Pump {
     debezium: Debezium,
     keys: UnboundedSender<Delivery>,
     poison: Poison,
+    memory: Memory,
     health: Component,
     shutdown: Shutdown,
 }
@@ -204,23 +233,37 @@ impl Pump {
     }
 
     async fn take(&mut self, message: Message) {
-        match decode(&message.payload, &self.debezium.rules) {
-            Ok(events) => {
-                counter!(names::DEBEZIUM_MESSAGES).increment(1);
-                self.hand_over(message, events).await;
+        match self.debezium.decoder.decode(&message.payload) {
+            Ok(decoded) => {
+                self.observe(&decoded);
+                decoded.remarks.into_iter().for_each(|remark| self.memory.say(remark));
+                self.hand_over(message, decoded.events, decoded.committed_us).await;
             }
             Err(error) => self.poison.set_aside(message, error),
         }
     }
 
-    async fn hand_over(&self, message: Message, events: Vec<event::CommittedEvent>) {
+    fn observe(&self, decoded: &Decoded) {
+        counter!(names::DEBEZIUM_MESSAGES, "kind" => decoded.kind.as_str()).increment(1);
+        if decoded.is_incomplete {
+            counter!(names::DEBEZIUM_UNKNOWN).increment(1);
+        }
+        if let Kind::Heartbeat(made_ms) = decoded.kind {
+            #[expect(clippy::cast_precision_loss, reason = "milliseconds since 1970 are far below 2^53")]
+            gauge!(names::DEBEZIUM_HEARTBEAT).set(made_ms as f64 / 1_000.0);
+        }
+    }
+
+    /// Hands the invalidations of a message to the first lane. Waits while too many keys are in hand.
+    async fn hand_over(&self, message: Message, events: Vec<CommittedEvent>, committed_us: Option<i64>) {
         let (_, acker) = message.split();
         let keys = events.iter().map(|event| event.keys.len()).sum::<usize>().clamp(1, MAX_KEYS_IN_HAND);
-        let share = u32::try_from(keys).unwrap_or(u32::MAX);
         // A Redis that is down is the lanes' concern, not a stall of this loop.
         self.health.idle();
+        let share = u32::try_from(keys).unwrap_or(u32::MAX);
         let share = Arc::clone(&self.debezium.in_hand).acquire_many_owned(share);
         let Some(Ok(share)) = self.shutdown.or_done(share).await else { return };
-        let _ = self.keys.send(Delivery::new(acker, events, None, share));
+        // The lane ends only after this loop.
+        let _ = self.keys.send(Delivery::new(acker, events, committed_us, share));
     }
 }

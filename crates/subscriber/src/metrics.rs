@@ -2,6 +2,8 @@
 
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge};
 
+use crate::debezium::Kind;
+
 macro_rules! metrics {
     ($($kind:ident $name:ident = $text:literal, $unit:ident, $help:literal;)*) => {
         $(#[doc = $help] pub const $name: &str = $text;)*
@@ -25,7 +27,12 @@ metrics! {
     describe_counter UPDATES = "subscriber_updates_total", Count, "Versioned updates, by outcome: replaced or ignored";
     describe_counter REDELIVERIES = "subscriber_redeliveries_total", Count, "Messages that had been delivered before";
     describe_counter DEAD_LETTERS = "subscriber_dead_letters_total", Count, "Messages set aside because they cannot be decoded";
-    describe_counter DEBEZIUM_MESSAGES = "subscriber_debezium_messages_total", Count, "Change events of Debezium that were applied, and repeated, and acknowledged";
+    describe_counter DEBEZIUM_MESSAGES = "subscriber_debezium_messages_total", Count, "Messages of Debezium that were read, by kind: change, no_rules, heartbeat, transaction, schema_change, logical_message or tombstone";
+    describe_counter DEBEZIUM_UNKNOWN = "subscriber_debezium_unknown_changes_total", Count, "Changes that Debezium sent of which not every key could be told, so that key prefixes were invalidated";
+    describe_gauge DEBEZIUM_HEARTBEAT = "subscriber_debezium_heartbeat_timestamp_seconds", Seconds, "Time of Debezium's newest heartbeat, in seconds since the Unix epoch; absent without heartbeats (heartbeat.interval.ms)";
+    describe_gauge DEBEZIUM_PENDING = "subscriber_debezium_pending_messages", Count, "Messages in Debezium's stream that were not delivered yet";
+    describe_gauge DEBEZIUM_ACK_PENDING = "subscriber_debezium_ack_pending_messages", Count, "Messages of Debezium that were delivered but not acknowledged; those that wait for their repetition among them";
+    describe_counter DEBEZIUM_GAPS = "subscriber_debezium_gaps_total", Count, "Times messages were missing from Debezium's stream before they were read";
     describe_histogram DEBEZIUM_LAG = "subscriber_debezium_commit_to_delete_seconds", Seconds, "From the commit of a change that Debezium sent, by the clock of the database, until Redis applied it first";
     describe_counter REDIS_FAILURES = "subscriber_redis_failures_total", Count, "Failed attempts to apply a batch";
     describe_counter REPLAYS = "subscriber_replays_total", Count, "Replays of the stream, by reason";
@@ -53,6 +60,8 @@ pub fn start_at_zero() {
         DEAD_LETTERS,
         REDIS_FAILURES,
         REPLAYED,
+        DEBEZIUM_UNKNOWN,
+        DEBEZIUM_GAPS,
     ];
     for name in plain {
         counter!(name).increment(0);
@@ -60,6 +69,9 @@ pub fn start_at_zero() {
     gauge!(HALTED).set(0.0);
     for result in ["applied", "dead_letter"] {
         counter!(MESSAGES, "result" => result).increment(0);
+    }
+    for kind in Kind::ALL {
+        counter!(DEBEZIUM_MESSAGES, "kind" => kind.as_str()).increment(0);
     }
     for policy in ["halt", "flush"] {
         counter!(GAPS, "policy" => policy).increment(0);

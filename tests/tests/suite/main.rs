@@ -8,6 +8,7 @@ mod basics;
 mod causes;
 mod crashes;
 mod debezium;
+mod debezium_recordings;
 mod history;
 mod nats_faults;
 mod nats_rights;

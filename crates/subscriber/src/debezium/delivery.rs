@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use async_nats::jetstream::AckKind;
 use async_nats::jetstream::message::Acker;
 use cache::Work;
@@ -53,6 +55,11 @@ impl Delivery {
         self.events.iter().filter(|event| part.includes(event)).for_each(|event| work.add(event));
     }
 
+    /// Tells whether it invalidates nothing.
+    pub(super) fn is_empty(&self) -> bool {
+        self.events.is_empty()
+    }
+
     /// Tells whether it invalidates key prefixes.
     pub(super) fn has_prefixes(&self) -> bool {
         self.events.iter().any(|event| event.change == Change::Namespace)
@@ -71,7 +78,7 @@ impl Delivery {
     }
 
     /// Gives it back to NATS, to be delivered again after a pause.
-    pub(super) async fn give_back(self, pause: std::time::Duration) {
+    pub(super) async fn give_back(self, pause: Duration) {
         if let Err(error) = self.acker.ack_with(AckKind::Nak(Some(pause))).await {
             tracing::debug!(%error, "cannot give back a change event; it is delivered again later");
         }

@@ -188,6 +188,10 @@ impl Lane {
         let repeated_at = bucket_end(Instant::now() + self.repeat_after);
         for mut delivery in batch {
             let lane = match &self.next {
+                _ if delivery.is_empty() => {
+                    delivery.acknowledge().await;
+                    continue;
+                }
                 Next::Prefixes { prefixes, .. } if delivery.has_prefixes() => prefixes,
                 Next::Prefixes { repetition, .. } | Next::Repetition(repetition) => {
                     delivery.due = repeated_at;
