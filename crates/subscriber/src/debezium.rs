@@ -26,7 +26,7 @@ use event::CommittedEvent;
 use futures::StreamExt;
 use metrics::{counter, gauge};
 use rules::{Lock, Rules};
-use service::{Backoff, Component, Health, Limits, Shutdown, UsageError};
+use service::{Backoff, Component, Health, Limits, Report, Shutdown, UsageError};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio_util::task::TaskTracker;
@@ -199,7 +199,7 @@ impl Pump {
         let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
         while !self.shutdown.is_requested() {
             if let Err(error) = self.fetch(&mut retry).await {
-                let error = format!("{error:#}");
+                let error = Report::of(error.as_ref()).to_string();
                 tracing::warn!(error, "cannot fetch Debezium's change events; trying again");
                 self.health.not_ready(format!("cannot fetch Debezium's change events: {error}"));
             }

@@ -4,6 +4,7 @@ use async_nats::jetstream::AckKind;
 use async_nats::jetstream::message::Acker;
 use cache::Work;
 use event::{Change, CommittedEvent};
+use service::Report;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
@@ -68,7 +69,7 @@ impl Delivery {
     /// Acknowledges it. One whose acknowledgement is lost is delivered and applied once more.
     pub(super) async fn acknowledge(self) {
         if let Err(error) = self.acker.ack().await {
-            tracing::debug!(%error, "cannot acknowledge a change event; it will be applied once more");
+            tracing::debug!(error = %Report::of(error.as_ref()), "cannot acknowledge a change event; it will be applied once more");
         }
     }
 
@@ -80,7 +81,7 @@ impl Delivery {
     /// Gives it back to NATS, to be delivered again after a pause.
     pub(super) async fn give_back(self, pause: Duration) {
         if let Err(error) = self.acker.ack_with(AckKind::Nak(Some(pause))).await {
-            tracing::debug!(%error, "cannot give back a change event; it is delivered again later");
+            tracing::debug!(error = %Report::of(error.as_ref()), "cannot give back a change event; it is delivered again later");
         }
     }
 }

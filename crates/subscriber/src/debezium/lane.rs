@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use cache::{Redis, RedisError, Work};
 use metrics::{counter, histogram};
-use service::{Backoff, Component, Shutdown};
+use service::{Backoff, Component, Report, Shutdown};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio::time::Instant;
 
@@ -126,7 +126,7 @@ impl Lane {
                 Box::pin(self.settle((vec![delivery], work))).await;
             }
         } else if let Some(delivery) = batch.pop() {
-            tracing::warn!(%error, "change events are refused; trying them again in {REFUSED_PAUSE:?}");
+            tracing::warn!(error = %Report::of(error), "change events are refused; trying them again in {REFUSED_PAUSE:?}");
             delivery.give_back(REFUSED_PAUSE).await;
         }
     }
@@ -178,9 +178,10 @@ impl Lane {
 
     fn say_failed(&self, error: &RedisError, is_first: bool) {
         counter!(names::REDIS_FAILURES).increment(1);
+        let error = Report::of(error).to_string();
         self.health.not_ready(format!("Redis does not apply change events: {error}"));
         if is_first {
-            tracing::warn!(%error, "Redis does not apply change events; keeping them until it does");
+            tracing::warn!(error, "Redis does not apply change events; keeping them until it does");
         }
     }
 

@@ -1,5 +1,7 @@
 use std::collections::HashSet;
 
+use service::printable;
+
 use super::decoder::Remark;
 
 /// Most subjects remembered. Beyond that nothing more is said; the metrics go on counting.
@@ -15,7 +17,7 @@ impl Memory {
     /// Logs a remark unless one of the same subject was logged before.
     pub(super) fn say(&mut self, remark: Remark) {
         if self.said.len() < MAX_SUBJECTS && self.said.insert(remark.subject) {
-            tracing::warn!("{}", remark.text);
+            tracing::warn!("{}", printable(&remark.text));
         }
     }
 }

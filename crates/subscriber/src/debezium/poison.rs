@@ -1,5 +1,6 @@
 use async_nats::jetstream::{self, Message};
 use metrics::counter;
+use service::Report;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio_util::task::TaskTracker;
 
@@ -35,7 +36,7 @@ async fn store(mut waiting: Receiver<(Message, DebeziumError)>, dead: DeadLetter
         match dead.set_aside(&message, &error).await {
             Ok(()) => counter!(names::DEAD_LETTERS).increment(1),
             Err(failure) => {
-                tracing::warn!(error = %failure, "cannot set aside a change event that cannot be decoded");
+                tracing::warn!(error = %Report::of(failure.as_ref()), "cannot set aside a change event that cannot be decoded");
             }
         }
     }

@@ -8,7 +8,7 @@ use async_nats::jetstream::stream::Stream;
 use cache::Redis;
 use metrics::{counter, gauge};
 use serde::{Deserialize, Serialize};
-use service::Shutdown;
+use service::{Report, Shutdown};
 
 use super::consumer::durable;
 use crate::Config;
@@ -72,7 +72,7 @@ pub(super) async fn run(config: Config, jetstream: jetstream::Context, redis: Re
         let look = tokio::time::timeout(PATIENCE, look(&config, &jetstream, &redis, &mut known));
         match shutdown.or_done(look).await {
             Some(Ok(Err(error))) => {
-                tracing::debug!(error = format!("{error:#}"), "cannot look at Debezium's stream")
+                tracing::debug!(error = %Report::of(error.as_ref()), "cannot look at Debezium's stream")
             }
             Some(Err(_)) => {
                 tracing::debug!("cannot look at Debezium's stream: no answer within {PATIENCE:?}")
