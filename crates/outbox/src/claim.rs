@@ -7,7 +7,7 @@ use sqlx::{AssertSqlSafe, PgPool, Postgres, Row, Transaction};
 use uuid::Uuid;
 
 use crate::enqueue::update_columns;
-use crate::statement::whole;
+use crate::statement::{BEGIN, whole};
 
 /// How to claim.
 #[derive(Debug, Clone, Copy)]
@@ -129,7 +129,7 @@ impl Claim {
     ) -> Result<(Self, Vec<Claimed>, Vec<Poison>), sqlx::Error> {
         // The server takes the rows back if the relay hangs with them in hand.
         let lease_ms = lease.as_millis().max(1);
-        let begin = format!("begin; {PLANNER}; set local idle_in_transaction_session_timeout = {lease_ms}");
+        let begin = format!("{BEGIN}; {PLANNER}; set local idle_in_transaction_session_timeout = {lease_ms}");
         let mut tx = pool.begin_with(AssertSqlSafe(begin)).await?;
         let rows = sqlx::query(TAKE)
             .persistent(options.prepared)

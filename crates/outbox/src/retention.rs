@@ -13,7 +13,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, PgConnection, PgPool, Postgres, Row, Transaction};
 
 use crate::Claim;
-use crate::statement::{time, whole};
+use crate::statement::{BEGIN, time, whole};
 
 /// One message as it was published.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -107,7 +107,7 @@ pub(crate) async fn retain(
 /// # Errors
 /// Whatever the database says.
 pub async fn rotate(pool: &PgPool, window: Duration) -> Result<bool, sqlx::Error> {
-    let mut tx = pool.begin_with(AssertSqlSafe(format!("begin; {ROTATE_LOCK_TIMEOUT}"))).await?;
+    let mut tx = pool.begin_with(AssertSqlSafe(format!("{BEGIN}; {ROTATE_LOCK_TIMEOUT}"))).await?;
     let due = sqlx::query(
         "select half from outbox.retention
          where rotated_at < clock_timestamp() - $1 * interval '1 second' for update skip locked",
@@ -243,7 +243,7 @@ impl Lost {
         lease: Duration,
     ) -> Result<Option<Self>, sqlx::Error> {
         let lease_ms = lease.as_millis().max(1);
-        let begin = format!("begin; set local idle_in_transaction_session_timeout = {lease_ms}");
+        let begin = format!("{BEGIN}; set local idle_in_transaction_session_timeout = {lease_ms}");
         let mut tx = pool.begin_with(AssertSqlSafe(begin)).await?;
         // Two ranges of the index rather than one condition that has to look at everything.
         for side in ["<", ">"] {

@@ -6,6 +6,9 @@
 use chrono::{DateTime, Utc};
 use sqlx::{AssertSqlSafe, RawSql};
 
+/// Begins a transaction as the statements here need it, whatever is the default of server, database or role.
+pub(crate) const BEGIN: &str = "begin isolation level read committed, read write";
+
 /// A statement with its values in it, sent as one message.
 pub(crate) fn whole(sql: impl Into<String>) -> RawSql {
     sqlx::raw_sql(AssertSqlSafe(sql.into()))
