@@ -13,6 +13,7 @@ use clap::Subcommand;
 use event::nats::STREAM;
 use service::nats::Nats;
 
+use crate::database::{Access, Servers};
 use crate::{Config, database, run};
 
 pub use dead::DeadCommand;
@@ -59,13 +60,13 @@ pub async fn execute(command: Command, config: &Config) -> anyhow::Result<()> {
         return rules::test(config, trial);
     }
     let url = config.database_url()?;
-    let pool = database::connect(url, 2, config.startup_timeout.min(PATIENCE)).await?;
+    let pool = database::connect(&Servers::parse(url)?, 2, access(&command, config)).await?;
     if matches!(command, Command::Migrate) {
         database::migrate(&pool, url).await?;
         println!("schema `outbox` is installed and current");
         return Ok(());
     }
-    database::check_schema(&pool, url, config.startup_timeout.min(PATIENCE)).await?;
+    database::check_schema(&pool, url).await?;
     match command {
         Command::Run | Command::Health | Command::Migrate => unreachable!("handled before"),
         Command::Status => status::print(&pool, config).await,
@@ -76,9 +77,27 @@ pub async fn execute(command: Command, config: &Config) -> anyhow::Result<()> {
     }
 }
 
+/// A command that changes something needs the primary; one that looks is of use at a standby as well.
+fn access(command: &Command, config: &Config) -> Access {
+    let looks = match command {
+        Command::Status | Command::Doctor => true,
+        Command::Dead(command) => matches!(command, DeadCommand::List { .. } | DeadCommand::Show { .. }),
+        Command::Slot(command) => matches!(command, SlotCommand::Show),
+        Command::Rules(command) => {
+            !matches!(command, RulesCommand::Apply { .. } | RulesCommand::Explain { .. })
+        }
+        Command::Run | Command::Migrate | Command::Health => false,
+    };
+    match (looks, config.transaction_pooler) {
+        (true, _) => Access::Look,
+        (false, true) => Access::WritePooled,
+        (false, false) => Access::Write,
+    }
+}
+
 /// The stream as it is now, or what is wrong with the way to it. Looking must not create it.
 async fn look_at_stream(config: &Config) -> anyhow::Result<(Nats, jetstream::Context, Info)> {
-    let nats = Nats::connect(&config.nats, "relay-admin", config.startup_timeout.min(PATIENCE)).await?;
+    let nats = Nats::connect(&config.nats, "relay-admin", PATIENCE).await?;
     let jetstream = run::jetstream_context(&nats, config);
     let stream = jetstream.get_stream(STREAM).await?;
     let info = stream.cached_info().clone();

@@ -20,12 +20,12 @@ use rules::Rules;
 use service::{Backoff, Component, Report, SaidLately, Shutdown};
 use tokio::sync::Notify;
 use wal::publication::Tables;
-use wal::session::{SessionError, Settings};
+use wal::session::SessionError;
 use wal::slot;
 use wal::{Assembler, Lsn};
 
 use crate::config::CaptureConfig;
-use crate::database::{PATIENCE, within};
+use crate::database::{PATIENCE, Servers, within};
 use crate::metrics as names;
 use crate::worker::Shared;
 
@@ -35,7 +35,7 @@ use pump::{Pump, PumpError};
 use reader::{Catalog, ReadEnd, ReadError};
 
 pub use monitor::monitor;
-pub use opening::{ReadElsewhere, check_rules, preflight};
+pub use opening::{ReadElsewhere, check_rules, is_passing, preflight};
 
 /// How a reader of the log shows in `pg_stat_replication`: by it relays know one another.
 pub const APPLICATION_NAME: &str = "relay-wal";
@@ -65,8 +65,8 @@ pub struct Capture {
     pub config: CaptureConfig,
     /// Which keys depend on which table.
     pub rules: Arc<Rules>,
-    /// How to connect for replication.
-    pub settings: Settings,
+    /// Servers of which one is connected to for replication.
+    pub servers: Servers,
     /// What is being read.
     pub reading: Reading,
 }

@@ -64,8 +64,8 @@ pub struct Config {
     #[arg(long, env = "RELAY_TRANSACTION_POOLER", global = true)]
     pub transaction_pooler: bool,
 
-    /// How long to try to reach Postgres and NATS at the start
-    #[arg(long, env = "RELAY_STARTUP_TIMEOUT", default_value = "30s", value_parser = parse_duration, global = true)]
+    /// How long to try to reach Postgres and NATS at the start before the process exits; 0s is for as long as it takes
+    #[arg(long, env = "RELAY_STARTUP_TIMEOUT", default_value = "0s", value_parser = parse_duration, global = true)]
     pub startup_timeout: Duration,
 
     /// Capture from the write-ahead log.

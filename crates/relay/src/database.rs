@@ -1,81 +1,44 @@
 //! The relay's connections to Postgres.
 
-use std::str::FromStr;
-use std::sync::atomic::{AtomicI64, Ordering};
+mod servers;
+mod session;
+mod trust;
+
 use std::time::Duration;
 
-use chrono::Utc;
 use outbox::SchemaState;
-use service::{Backoff, SecretUrl, UsageError};
+use service::{SecretUrl, UsageError};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{Connection, PgConnection, PgPool};
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
+
+pub use servers::{NoServer, Servers};
+pub use session::{Access, Unfit};
+pub use trust::within;
 
 /// How the connections show in `pg_stat_activity`.
 pub const APPLICATION_NAME: &str = "relay";
 
-/// How long to wait for a connection before a claim counts as failed.
+/// Time to wait for a connection before a claim counts as failed.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a suspect connection may take to answer.
-const RELEASE_PATIENCE: Duration = Duration::from_secs(2);
-
-/// How long Postgres may take to answer what should take milliseconds.
+/// Time that Postgres may take to answer what should take milliseconds.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long the attempt may take that finds out why there is no connection.
+/// Time for the attempt that finds out why there is no connection.
 const EXPLAIN_PATIENCE: Duration = Duration::from_secs(2);
 
 /// SQLSTATE insufficient_privilege.
 const LACKS_RIGHT: &str = "42501";
 
-/// How long a connection is suspect after one of the pool fell silent.
-const SUSPECT_FOR: Duration = Duration::from_mins(1);
-
-/// When a connection last fell silent, in seconds since the Unix epoch. One pool a process.
-static SILENT_AT: AtomicI64 = AtomicI64::new(i64::MIN);
-
-/// Waits for an answer for `patience` at most. A host that lost its power, or a firewall that forgot the connection, says
-/// nothing, and nothing else would notice: the connection is closed then, rather than returned to the pool.
-///
-/// # Errors
-/// What the database says, or [`sqlx::Error::Io`] of the kind `TimedOut`.
-pub async fn within<T, E: From<sqlx::Error>>(
-    patience: Duration,
-    answer: impl Future<Output = Result<T, E>>,
-) -> Result<T, E> {
-    tokio::pin!(answer);
-    tokio::select! {
-        answered = &mut answer => answered,
-        () = tokio::time::sleep(patience) => {
-            // Before the future is dropped, and its connection with it.
-            SILENT_AT.store(Utc::now().timestamp(), Ordering::Relaxed);
-            let silence = format!("no answer within {patience:?}");
-            let error = std::io::Error::new(std::io::ErrorKind::TimedOut, silence);
-            Err(sqlx::Error::Io(error).into())
-        }
-    }
-}
-
-/// Whether a connection may go back to the pool. The pool asks the server, and would wait for ever for one that is silent.
-async fn check_release(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
-    let silent_for = Utc::now().timestamp().saturating_sub(SILENT_AT.load(Ordering::Relaxed));
-    if silent_for.unsigned_abs() > SUSPECT_FOR.as_secs() {
-        return Ok(true);
-    }
-    let answered = timeout(RELEASE_PATIENCE, connection.ping()).await;
-    answered.unwrap_or_else(|_| Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()))?;
-    Ok(true)
-}
-
 /// Closes the pool. Connections that are stuck are left to the end of the process.
 pub async fn close(pool: &PgPool) {
-    if timeout(RELEASE_PATIENCE, pool.close()).await.is_err() {
+    if timeout(trust::SUSPECT_PATIENCE, pool.close()).await.is_err() {
         tracing::warn!("connections to Postgres do not close; leaving them");
     }
 }
 
-/// Why the database cannot be used.
+/// Reasons why the database cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum DatabaseError {
     /// The URL is not one of Postgres.
@@ -116,16 +79,21 @@ pub enum DatabaseError {
         #[source]
         source: sqlx::Error,
     },
-    /// Nobody answers there.
-    #[error(
-        "cannot connect to Postgres at {url} within {waited:?}; check DATABASE_URL and that the server runs"
-    )]
+    /// Nobody answers there, or nobody who can write.
+    #[error("cannot connect to Postgres at {url}; check DATABASE_URL and that the server runs")]
     Unreachable {
         /// The URL, without its password.
         url: SecretUrl,
-        /// How long it was tried.
-        waited: Duration,
-        /// The last failure.
+        /// The servers and their failures.
+        #[source]
+        source: NoServer,
+    },
+    /// It went away.
+    #[error("Postgres at {url} went away")]
+    Interrupted {
+        /// The URL, without its password.
+        url: SecretUrl,
+        /// The failure.
         #[source]
         source: sqlx::Error,
     },
@@ -142,41 +110,35 @@ pub enum DatabaseError {
     },
 }
 
-/// Connects with up to `connections`, trying again for up to `patience` while nobody answers.
+impl DatabaseError {
+    /// Tells if it may pass without anybody doing something.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Interrupted { .. })
+    }
+}
+
+/// Looks for a server that can be used, and connects with up to `connections`.
 ///
 /// # Errors
 /// [`DatabaseError`].
-pub async fn connect(url: &SecretUrl, connections: u32, patience: Duration) -> Result<PgPool, DatabaseError> {
-    let options = PgConnectOptions::from_str(url.expose())
-        .map_err(|error| DatabaseError::Url { url: url.clone(), source: UsageError::of(&error) })?
-        .application_name(APPLICATION_NAME);
-    let started = Instant::now();
-    let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
-    loop {
-        let pool = PgPoolOptions::new()
-            .max_connections(connections)
-            .min_connections(1)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
-            // A ping before every claim would double its round trips; a dead connection shows soon enough.
-            .test_before_acquire(false)
-            .after_release(|connection, _| Box::pin(check_release(connection)))
-            .connect_with(options.clone())
-            .await;
-        let source = match pool {
-            Ok(pool) => return Ok(pool),
-            Err(error) => error,
-        };
-        let source = match refusal(url, source) {
-            Ok(refused) => return Err(refused),
-            Err(source) => source,
-        };
-        let delay = backoff.next_delay();
-        if started.elapsed() + delay >= patience {
-            let source = explain(&options, source).await;
-            return Err(DatabaseError::Unreachable { url: url.clone(), waited: patience, source });
-        }
-        tokio::time::sleep(delay).await;
-    }
+pub async fn connect(servers: &Servers, connections: u32, access: Access) -> Result<PgPool, DatabaseError> {
+    let options = servers.locate(access).await.map_err(|none| no_server(servers.url(), none))?;
+    let pool = PgPoolOptions::new()
+        .max_connections(connections)
+        .min_connections(1)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        .after_connect(move |connection, _| {
+            Box::pin(async move {
+                let prepared = session::prepare(connection, access).await;
+                prepared.inspect_err(|error| servers::note(Some(servers::text(error))))
+            })
+        })
+        // Not a ping: it would double the round trips of every claim.
+        .test_before_acquire(false)
+        .before_acquire(move |connection, _| Box::pin(trust::check_acquire(connection, access)))
+        .after_release(|connection, _| Box::pin(trust::check_release(connection)));
+    Ok(pool.connect_lazy_with(options))
 }
 
 /// The pool tries again by itself, and in the end says only that it took too long: one plain attempt says why.
@@ -197,17 +159,29 @@ pub async fn explain(options: &PgConnectOptions, error: sqlx::Error) -> sqlx::Er
     }
 }
 
-/// What the operator has to change: a missing right (42501), authorization failures (class 28) and a database that does not
-/// exist (3D000). Anything else is given back, such as a server that is still starting.
-fn refusal(url: &SecretUrl, source: sqlx::Error) -> Result<DatabaseError, sqlx::Error> {
-    let code = source.as_database_error().and_then(|error| error.code()).unwrap_or_default();
+/// The operator has to do something if every server refuses, and else a server may come back.
+fn no_server(url: &SecretUrl, none: NoServer) -> DatabaseError {
     let url = url.clone();
-    if code == LACKS_RIGHT {
-        Ok(DatabaseError::Forbidden { url, source: source.into() })
-    } else if code.starts_with("28") || code == "3D000" {
-        Ok(DatabaseError::Refused { url, source })
-    } else {
-        Err(source)
+    if !none.causes().all(is_refusal) {
+        return DatabaseError::Unreachable { url, source: none };
+    }
+    match none.into_cause() {
+        Some(source) => refused(url, source),
+        None => unreachable!("a URL names at least one server"),
+    }
+}
+
+/// Tells what the operator has to change: a missing right (42501), authorization failures (class 28) and a database that
+/// does not exist (3D000). Anything else may pass, such as a server that is still starting.
+fn is_refusal(cause: &sqlx::Error) -> bool {
+    let code = cause.as_database_error().and_then(|error| error.code()).unwrap_or_default();
+    code == LACKS_RIGHT || code.starts_with("28") || code == "3D000"
+}
+
+fn refused(url: SecretUrl, source: sqlx::Error) -> DatabaseError {
+    match source.as_database_error().and_then(|error| error.code()) {
+        Some(code) if code == LACKS_RIGHT => DatabaseError::Forbidden { url, source: source.into() },
+        _ => DatabaseError::Refused { url, source },
     }
 }
 
@@ -229,39 +203,26 @@ pub async fn migrate(pool: &PgPool, url: &SecretUrl) -> anyhow::Result<()> {
     })
 }
 
-/// Makes sure the schema is there and new enough, trying again for up to `patience` while the connection is lost: a
-/// server that goes down accepts connections until it does.
+/// Makes sure the schema is there and new enough.
 ///
 /// # Errors
 /// [`DatabaseError`].
-pub async fn check_schema(pool: &PgPool, url: &SecretUrl, patience: Duration) -> Result<(), DatabaseError> {
-    let started = Instant::now();
-    let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
-    let state = loop {
-        let source = match outbox::schema_state(pool).await {
-            Ok(state) => break state,
-            Err(error) => error,
-        };
-        if !is_interruption(&source) {
-            return Err(refusal(url, source)
-                .unwrap_or_else(|source| DatabaseError::Unexpected { url: url.clone(), source }));
+pub async fn check_schema(pool: &PgPool, url: &SecretUrl) -> Result<(), DatabaseError> {
+    match within(PATIENCE, outbox::schema_state(pool)).await {
+        Ok(SchemaState::Current) => Ok(()),
+        Ok(SchemaState::Missing) => Err(DatabaseError::NotInstalled),
+        Ok(SchemaState::Older { installed, needed }) => Err(DatabaseError::TooOld { installed, needed }),
+        Err(source) if is_refusal(&source) => Err(refused(url.clone(), source)),
+        Err(source) if is_interruption(&source) => {
+            Err(DatabaseError::Interrupted { url: url.clone(), source })
         }
-        let delay = backoff.next_delay();
-        if started.elapsed() + delay >= patience {
-            return Err(DatabaseError::Unreachable { url: url.clone(), waited: patience, source });
-        }
-        tokio::time::sleep(delay).await;
-    };
-    match state {
-        SchemaState::Current => Ok(()),
-        SchemaState::Missing => Err(DatabaseError::NotInstalled),
-        SchemaState::Older { installed, needed } => Err(DatabaseError::TooOld { installed, needed }),
+        Err(source) => Err(DatabaseError::Unexpected { url: url.clone(), source }),
     }
 }
 
-/// Whether the server, or the way to it, went away: no answer at all, or one of the classes connection exception (08)
+/// Tells if the server, or the way to it, went away: no answer at all, or one of the classes connection exception (08)
 /// and operator intervention (57P).
-fn is_interruption(error: &sqlx::Error) -> bool {
+pub fn is_interruption(error: &sqlx::Error) -> bool {
     match error.as_database_error() {
         Some(answer) => answer.code().is_some_and(|code| code.starts_with("08") || code.starts_with("57P")),
         None => true,

@@ -4,15 +4,17 @@ use std::time::Duration;
 use async_nats::jetstream;
 use event::nats::STREAM;
 use rules::Rules;
-use service::nats::Nats;
-use service::{Health, HttpServer, Limits, Metrics, Report, Shutdown, UsageError, drain};
+use service::nats::{Nats, NatsError};
+use service::{Health, HttpServer, Limits, Metrics, Patience, Report, Shutdown, UsageError, drain};
 use tokio::sync::{Notify, watch};
 use tokio_util::task::TaskTracker;
 use wal::session::Settings;
 
 use crate::capture::{self, Capture};
 use crate::config::Source;
+use crate::database::{Access, DatabaseError, Servers};
 use crate::keeper::Keeper;
+use crate::stream::StreamError;
 use crate::worker::{self, Shared};
 use crate::{Config, answers, database, gauges, stream};
 
@@ -21,6 +23,9 @@ const EXTRA_CONNECTIONS: u32 = 2;
 
 /// Connections of the reader of the log: gate, settling, monitor.
 const CAPTURE_CONNECTIONS: u32 = 3;
+
+/// Time for one attempt to connect to NATS at the start.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Without a turn of its loop for this long a component is not ready.
 const STALL_AFTER: Duration = Duration::from_secs(30);
@@ -34,18 +39,19 @@ const DEAD_AFTER: Duration = Duration::from_mins(5);
 /// What is wrong with the configuration or the surroundings at the start, naming what to fix. Later trouble is waited
 /// out.
 pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
-    let Some(opened) = shutdown.or_done(Box::pin(open(&config))).await else {
-        tracing::info!("stopped while starting");
-        return Ok(());
-    };
-    let Opened { pool, nats, jetstream, wal } = opened?;
-
     let metrics = Metrics::install()?;
     crate::metrics::describe();
     crate::metrics::start_at_zero();
     let health = Health::new();
-    let limits = Limits { stall_after: Some(STALL_AFTER), dead_after: Some(DEAD_AFTER) };
+    let startup = health.component("startup", Limits::default());
     let http = HttpServer::start(config.http_addr, health.clone(), metrics).await?;
+    let opening = Patience::new(config.startup_timeout).persist(&startup, is_passing, || open(&config));
+    let Some(opened) = shutdown.or_done(Box::pin(opening)).await else {
+        tracing::info!("stopped while starting");
+        return Ok(());
+    };
+    let Opened { servers, access, pool, nats, jetstream, wal } = opened?;
+    let limits = Limits { stall_after: Some(STALL_AFTER), dead_after: Some(DEAD_AFTER) };
 
     let (stream_sender, stream_receiver) = watch::channel(Err("the stream was not looked at yet".to_owned()));
     let suspect = Arc::new(Notify::new());
@@ -76,20 +82,22 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
             tasks.spawn(worker::help(Arc::clone(&shared), component, helper == 1, shutdown.clone()));
         }
     }
-    if let Some((rules, settings)) = wal {
+    if let Some(rules) = wal {
         let capture = Arc::new(Capture {
             shared: Arc::clone(&shared),
             config: config.capture.clone(),
             rules,
-            settings,
+            servers: servers.clone(),
             reading: capture::Reading::default(),
         });
         tasks.spawn(capture::run(Arc::clone(&capture), health.component("wal", limits), shutdown.clone()));
         tasks.spawn(capture::monitor(capture, health.component("slot", limits), shutdown.clone()));
     }
+    tasks.spawn(servers.pilot(pool.clone(), access, shutdown.clone()));
     tasks.spawn(gauges::run(pool.clone(), shutdown.clone()));
     tasks.spawn(answer(pool.clone(), nats.clone(), shutdown.clone()));
     tasks.close();
+    startup.ready();
     tracing::info!(database = %config.database_url()?, nats = %nats.url(), http = %http.local_addr(), workers = config.workers, "relay runs");
 
     shutdown.requested().await;
@@ -102,24 +110,28 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
 
 /// What the relay works with.
 struct Opened {
+    servers: Servers,
+    access: Access,
     pool: sqlx::PgPool,
     nats: Nats,
     jetstream: jetstream::Context,
-    wal: Option<(Arc<Rules>, Settings)>,
+    wal: Option<Arc<Rules>>,
 }
 
 /// Connects to both servers and looks whether they are what the relay needs. Nothing to be undone when it is dropped.
 async fn open(config: &Config) -> anyhow::Result<Opened> {
     let url = config.database_url()?;
-    let wal = config.capture.has(Source::Wal).then(|| prepare_capture(config)).transpose()?;
+    let servers = Servers::parse(url)?;
+    let wal = config.capture.has(Source::Wal).then(|| prepare_capture(config, &servers)).transpose()?;
     let connections =
         config.workers + EXTRA_CONNECTIONS + if wal.is_some() { CAPTURE_CONNECTIONS } else { 0 };
-    let pool = database::connect(url, connections, config.startup_timeout).await?;
-    database::check_schema(&pool, url, config.startup_timeout).await?;
-    if let Some((rules, _)) = &wal {
+    let access = if config.transaction_pooler { Access::WritePooled } else { Access::Write };
+    let pool = database::connect(&servers, connections, access).await?;
+    database::check_schema(&pool, url).await?;
+    if let Some(rules) = &wal {
         capture::preflight(&pool, &config.capture, rules).await?;
     }
-    let nats = Nats::connect(&config.nats, "relay", config.startup_timeout).await?;
+    let nats = Nats::connect(&config.nats, "relay", CONNECT_PATIENCE).await?;
     let jetstream = jetstream_context(&nats, config);
     stream::ensure(&nats, &jetstream, config, nats.link()).await?;
     if let Ok(existing) = jetstream.get_stream(STREAM).await {
@@ -129,11 +141,23 @@ async fn open(config: &Config) -> anyhow::Result<Opened> {
             );
         }
     }
-    Ok(Opened { pool, nats, jetstream, wal })
+    Ok(Opened { servers, access, pool, nats, jetstream, wal })
+}
+
+/// Tells if a failure to start may pass without anybody doing something: a server is away.
+fn is_passing(error: &anyhow::Error) -> bool {
+    let database = error.downcast_ref().is_some_and(DatabaseError::is_passing);
+    let nats = matches!(error.downcast_ref(), Some(NatsError::Unreachable { .. }));
+    let stream = match error.downcast_ref() {
+        Some(StreamError::Look(cause) | StreamError::Create(cause)) => cause.may_pass(),
+        _ => false,
+    };
+    let capture = error.downcast_ref().is_some_and(capture::is_passing);
+    database || nats || stream || capture
 }
 
 /// Everything about the reader of the log that can be wrong without asking anybody.
-fn prepare_capture(config: &Config) -> anyhow::Result<(Arc<Rules>, Settings)> {
+fn prepare_capture(config: &Config, servers: &Servers) -> anyhow::Result<Arc<Rules>> {
     let Some(file) = &config.capture.rules else {
         let missing = "RELAY_RULES (--rules) is not set; --source wal needs the rules file";
         return Err(UsageError(missing.to_owned()).into());
@@ -144,8 +168,8 @@ fn prepare_capture(config: &Config) -> anyhow::Result<(Arc<Rules>, Settings)> {
     };
     check_name("RELAY_SLOT (--slot)", &config.capture.slot)?;
     check_name("RELAY_PUBLICATION (--publication)", &config.capture.publication)?;
-    let settings = Settings::parse(config.database_url()?, capture::APPLICATION_NAME)?;
-    Ok((rules, settings))
+    Settings::parse(servers.current_url(), capture::APPLICATION_NAME)?;
+    Ok(rules)
 }
 
 async fn answer(pool: sqlx::PgPool, nats: Nats, shutdown: Shutdown) {

@@ -16,6 +16,7 @@ pub mod said;
 pub mod secret;
 pub mod secret_url;
 pub mod shutdown;
+pub mod startup;
 pub mod trace;
 
 pub use backoff::Backoff;
@@ -30,3 +31,4 @@ pub use said::SaidLately;
 pub use secret::{Secret, read_secret_file};
 pub use secret_url::SecretUrl;
 pub use shutdown::{Shutdown, drain};
+pub use startup::Patience;

@@ -83,6 +83,7 @@ pub struct LogGuard {
 pub fn init(service: &'static str, options: &LogOptions, level: LevelFilter) -> Result<LogGuard, LogError> {
     let filter =
         env_filter(options.log_filter.as_deref().unwrap_or_default(), level).map_err(LogError::Filter)?;
+    let filter = without_noise(filter, options.log_filter.as_deref().unwrap_or_default());
     let endpoint = options.otlp_endpoint.as_deref().filter(|endpoint| !endpoint.is_empty());
     let provider =
         endpoint.map(|endpoint| otlp::provider(service, endpoint)).transpose().map_err(LogError::Otlp)?;
@@ -130,6 +131,12 @@ fn is_ours(metadata: &Metadata<'_>) -> bool {
 /// What the client library of NATS says by itself: a line for each attempt to connect, without the cause, which the module
 /// `nats` logs once.
 const NATS_CLIENT: &str = "async_nats=warn,async_nats::connector=off";
+
+/// The pool of connections reports each attempt to connect as an error; what comes of it is reported by who needs one.
+fn without_noise(filter: EnvFilter, text: &str) -> EnvFilter {
+    let quiet = "sqlx_core::pool=off".parse().expect("a valid directive");
+    if text.contains("sqlx") { filter } else { filter.add_directive(quiet) }
+}
 
 fn env_filter(text: &str, level: LevelFilter) -> Result<EnvFilter, ParseError> {
     let builder = EnvFilter::builder().with_default_directive(level.into());

@@ -49,7 +49,7 @@ pub async fn execute(command: Command, config: &Config) -> anyhow::Result<()> {
         return Ok(());
     }
     let redis = config.connect_redis()?;
-    let nats = Nats::connect(&config.nats, "subscriber-admin", config.startup_timeout.min(PATIENCE)).await?;
+    let nats = Nats::connect(&config.nats, "subscriber-admin", PATIENCE).await?;
     let jetstream = broker::jetstream(&nats);
     let stream = broker::stream(&nats, &jetstream).await;
     if matches!(command, Command::Status) && config.debezium_stream.is_some() {

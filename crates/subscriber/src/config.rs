@@ -99,8 +99,8 @@ pub struct Config {
     #[arg(long, env = "SUBSCRIBER_DEBEZIUM_REPEAT_AFTER", default_value = "1s", value_parser = parse_duration, global = true)]
     pub debezium_repeat_after: Duration,
 
-    /// How long to try to reach NATS at the start
-    #[arg(long, env = "SUBSCRIBER_STARTUP_TIMEOUT", default_value = "30s", value_parser = parse_duration, global = true)]
+    /// How long to try to reach NATS at the start before the process exits; 0s is for as long as it takes
+    #[arg(long, env = "SUBSCRIBER_STARTUP_TIMEOUT", default_value = "0s", value_parser = parse_duration, global = true)]
     pub startup_timeout: Duration,
 
     /// Logs, traces and draining.

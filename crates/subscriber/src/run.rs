@@ -4,8 +4,8 @@ use std::time::Duration;
 use anyhow::Context;
 use async_nats::jetstream;
 use cache::Redis;
-use service::nats::Nats;
-use service::{Health, HttpServer, Limits, Metrics, Report, Shutdown, drain};
+use service::nats::{Nats, NatsError};
+use service::{Health, HttpServer, Limits, Metrics, Patience, Report, Shutdown, drain};
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
@@ -22,8 +22,8 @@ const STALL_AFTER: Duration = Duration::from_secs(30);
 /// Without a turn of its loop for this long the process should be restarted.
 const DEAD_AFTER: Duration = Duration::from_mins(10);
 
-/// How often a subscriber that starts before the relay looks whether the stream is there.
-const STREAM_POLL: Duration = Duration::from_millis(100);
+/// Time for one attempt to connect to NATS at the start.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Runs the subscriber until shutdown is requested, then finishes the batches in hand.
 ///
@@ -31,19 +31,20 @@ const STREAM_POLL: Duration = Duration::from_millis(100);
 /// What is wrong with the configuration or the surroundings at the start, naming what to fix. Other trouble is waited out.
 pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     config.check()?;
-    let Some(opened) = shutdown.or_done(Box::pin(open(&config))).await else {
-        tracing::info!("stopped while starting");
-        return Ok(());
-    };
-    let Opened { redis, nats, jetstream, debezium } = opened?;
-
     let metrics = Metrics::install()?;
     crate::metrics::describe();
     crate::metrics::start_at_zero();
     let health = Health::new();
+    let startup = health.component("startup", Limits::default());
+    let http = HttpServer::start(config.http_addr, health.clone(), metrics).await?;
+    let opening = Patience::new(config.startup_timeout).persist(&startup, is_passing, || open(&config));
+    let Some(opened) = shutdown.or_done(Box::pin(opening)).await else {
+        tracing::info!("stopped while starting");
+        return Ok(());
+    };
+    let Opened { redis, nats, jetstream, debezium } = opened?;
     let limits = Limits { stall_after: Some(STALL_AFTER), dead_after: Some(DEAD_AFTER) };
     let watching = health.component("stream and redis", limits);
-    let http = HttpServer::start(config.http_addr, health.clone(), metrics).await?;
 
     let (consumer_sender, consumer) = watch::channel(None);
     let shared = Arc::new(Shared {
@@ -70,6 +71,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     };
     let mut watch = tokio::spawn(supervisor.run(watching, shutdown.clone()));
     tasks.close();
+    startup.ready();
     tracing::info!(
         nats = %nats.url(), redis = %config.redis_url, durable = config.durable, http = %http.local_addr(),
         "subscriber runs"
@@ -101,11 +103,18 @@ async fn open(config: &Config) -> anyhow::Result<Opened> {
     refuse_wrong_credentials(&redis)
         .await
         .with_context(|| format!("REDIS_URL (--redis-url) {} cannot be used", config.redis_url))?;
-    let nats = Nats::connect(&config.nats, "subscriber", config.startup_timeout).await?;
+    let nats = Nats::connect(&config.nats, "subscriber", CONNECT_PATIENCE).await?;
     let jetstream = broker::jetstream(&nats);
-    wait_for_streams(&nats, &jetstream, config).await?;
+    find_streams(&nats, &jetstream, config).await?;
     let debezium = debezium::prepare(config, &jetstream, &redis).await?;
     Ok(Opened { redis, nats, jetstream, debezium })
+}
+
+/// Tells if a failure to start may pass without anybody doing something: a server is away, or the relay, which creates the
+/// stream, has not started yet.
+fn is_passing(error: &anyhow::Error) -> bool {
+    let nats = matches!(error.downcast_ref(), Some(NatsError::Unreachable { .. }));
+    nats || error.downcast_ref().is_some_and(BrokerError::may_pass)
 }
 
 /// A Redis that is down is waited for; one that refuses us needs the operator.
@@ -120,23 +129,7 @@ async fn refuse_wrong_credentials(redis: &Redis) -> Result<(), cache::RedisError
     }
 }
 
-/// Waits until both streams are there. The relay creates the one with events; whoever starts both at once need not care about
-/// the order. Who has Debezium's events to apply may have no relay at all.
-async fn wait_for_streams(
-    nats: &Nats,
-    jetstream: &jetstream::Context,
-    config: &Config,
-) -> Result<(), BrokerError> {
-    let started = tokio::time::Instant::now();
-    loop {
-        match find_streams(nats, jetstream, config).await {
-            Err(error) if error.may_pass() && started.elapsed() < config.startup_timeout => {}
-            other => return other,
-        }
-        tokio::time::sleep(STREAM_POLL).await;
-    }
-}
-
+/// The relay creates the stream of events. Who has Debezium's events to apply may have no relay at all.
 async fn find_streams(
     nats: &Nats,
     jetstream: &jetstream::Context,

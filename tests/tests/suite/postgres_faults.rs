@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use devstack::proxy::{FaultProxy, Mode};
 use devstack::{PgBouncer, PoolMode, eventually};
 use outbox::Event;
+use relay::database::{self, Access, Servers};
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{Connection, PgConnection};
 use tests::{Pair, PairOptions, SETTLED};
@@ -186,14 +187,13 @@ async fn everything_works_through_pgbouncer_in_transaction_mode_whose_connection
 async fn relay_that_loses_its_connection_while_it_starts_waits_for_postgres() {
     let pair = Pair::start().await.unwrap();
     let url: service::SecretUrl = pair.stack.postgres_url().parse().unwrap();
-    let pool = relay::database::connect(&url, 1, SETTLED).await.unwrap();
+    let servers = Servers::parse(&url).unwrap();
+    let pool = database::connect(&servers, 1, Access::Write).await.unwrap();
     pair.stack.postgres.kill().unwrap();
-    let (checked, started) = tokio::join!(relay::database::check_schema(&pool, &url, SETTLED), async {
-        tokio::time::sleep(Duration::from_millis(300)).await;
-        pair.stack.postgres.start().await
-    });
-    started.unwrap();
-    checked.unwrap();
+    let lost = database::check_schema(&pool, &url).await.unwrap_err();
+    assert!(lost.is_passing(), "{lost}");
+    pair.stack.postgres.start().await.unwrap();
+    database::check_schema(&pool, &url).await.unwrap();
 }
 
 /// The host loses its power, or a firewall forgets the connections: nothing comes back, not even a refusal.

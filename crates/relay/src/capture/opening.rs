@@ -7,7 +7,7 @@ use service::Component;
 use sqlx::PgPool;
 use wal::Lsn;
 use wal::publication::{self, Drift, PublicationError, Tables};
-use wal::session::{ChangeStream, Identity, Session, SessionError, StreamOptions};
+use wal::session::{ChangeStream, Identity, Session, SessionError, Settings, SettingsError, StreamOptions};
 use wal::slot::{self, ServerFacts, SlotError, SlotState};
 
 use super::Capture;
@@ -54,6 +54,8 @@ pub enum OpenError {
     #[error(transparent)]
     Session(#[from] SessionError),
     #[error(transparent)]
+    Settings(#[from] SettingsError),
+    #[error(transparent)]
     ReadElsewhere(#[from] ReadElsewhere),
     #[error(transparent)]
     Slot(#[from] SlotError),
@@ -94,6 +96,15 @@ pub(super) struct Opened {
     pub(super) expanders: Vec<Option<Expander>>,
     /// Timeline of the server whose log it is.
     pub(super) timeline: i64,
+}
+
+/// Tells if a failure before anything runs may pass by itself: the server went away.
+pub fn is_passing(error: &OpenError) -> bool {
+    match error {
+        OpenError::Database(error) => crate::database::is_interruption(error),
+        OpenError::Standby => true,
+        _ => false,
+    }
 }
 
 /// What can be known to be wrong before anything runs: better an error now than a relay that is never ready.
@@ -202,7 +213,8 @@ pub(super) async fn open(
     // Before the slot: what is decoded is looked up in the catalog as it was at that point of the log.
     let tables = within(PUBLICATION_PATIENCE, ready_publication(pool, config, &capture.rules)).await?;
     let expanders = within(PUBLICATION_PATIENCE, catalog::expanders(pool, &capture.rules)).await?;
-    let mut session = Session::open(&capture.settings, WAL_SENDER_TIMEOUT, CONNECT_PATIENCE).await?;
+    let settings = Settings::parse(capture.servers.current_url(), super::APPLICATION_NAME)?;
+    let mut session = Session::open(&settings, WAL_SENDER_TIMEOUT, CONNECT_PATIENCE).await?;
     let identity = in_time(session.identify()).await?;
     let before = match known {
         Some(_) => within(PATIENCE, recorded::position(pool, &config.slot)).await?,
