@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use sqlx::{AssertSqlSafe, PgPool, Row};
 
 use crate::claim::{PLANNER, TAKE};
-use crate::statement::{BEGIN, whole};
+use crate::statement::whole;
 
 /// What the doctor looks at.
 #[derive(Debug, Clone)]
@@ -78,7 +78,7 @@ pub async fn facts(pool: &PgPool) -> Result<Facts, sqlx::Error> {
 
 /// The plan of the claim, under the settings of a claim.
 async fn claim_plan(pool: &PgPool) -> Result<Vec<String>, sqlx::Error> {
-    let mut tx = pool.begin_with(AssertSqlSafe(format!("{BEGIN}; {PLANNER}"))).await?;
+    let mut tx = pool.begin_with(AssertSqlSafe(format!("begin; {PLANNER}"))).await?;
     let rows = sqlx::query(AssertSqlSafe(format!("explain (costs off) {TAKE}")))
         .persistent(false)
         .bind(0_i64)
