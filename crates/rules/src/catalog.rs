@@ -4,12 +4,13 @@ pub(crate) mod expand;
 mod facts;
 mod identity;
 mod literals;
+mod load;
 mod risks;
 
 use sqlx::PgConnection;
 
 pub use expand::{ExpandError, Expander, Found, expanders};
-pub use facts::{Column, Facts, Relation};
+pub use facts::{Column, Facts, Generated, Relation};
 pub use identity::check_identity;
 pub use risks::risks;
 
@@ -36,11 +37,12 @@ pub enum CatalogError {
 pub async fn check(connection: &mut PgConnection, rules: &Rules) -> Result<Vec<Facts>, CatalogError> {
     let mut problems = Vec::new();
     let mut all = Vec::new();
-    for table in rules.tables() {
+    let found = load::load(connection, rules).await?;
+    for (table, facts) in rules.tables().iter().zip(found) {
         let mut judge = Judge { rules, table, problems: &mut problems };
-        match facts::load(connection, &table.schema, &table.name).await? {
+        match facts {
             None => {
-                let elsewhere = facts::schemas_with(connection, &table.name).await?;
+                let elsewhere = load::schemas_with(connection, &table.name).await?;
                 judge.refuse(table.line, None, missing(&elsewhere));
             }
             Some(facts) => {
@@ -99,8 +101,9 @@ impl Judge<'_> {
             );
             self.refuse(table.line, None, message);
         }
-        for column in table.columns.iter().flatten() {
-            self.column(facts, &column.value, column.line);
+        for At { value, line } in table.columns.iter().flatten() {
+            let column = self.column(facts, value, *line);
+            self.refuse_virtual(column, *line);
         }
         for At { value, line } in &table.keys {
             for column in value.columns() {
@@ -131,14 +134,23 @@ impl Judge<'_> {
 
     fn part_of_a_key(&mut self, facts: &Facts, name: &str, line: usize) {
         let Some(column) = self.column(facts, name, line) else { return };
+        self.refuse_virtual(Some(column), line);
         if !column.can_be_in_a_key() {
             let message = format!(
                 "values of type {} cannot be part of a key or a condition; use numbers, text, boolean, uuid, an enum, a \
-                 date or a timestamp, or a generated column",
+                 date or a timestamp, or a generated column that is STORED",
                 column.type_name
             );
             self.refuse(line, Some(name), message);
         }
+    }
+
+    /// A trigger finds NULL in a virtual column, or makes the writer fail that it compares it for.
+    fn refuse_virtual(&mut self, column: Option<&Column>, line: usize) {
+        let Some(column) = column.filter(|column| column.generated == Generated::Virtual) else { return };
+        let message = "is a virtual generated column, which neither triggers nor the write-ahead log see; make it STORED, \
+                       or name the columns it is computed from";
+        self.refuse(line, Some(&column.name), message);
     }
 
     async fn expand(&mut self, connection: &mut PgConnection, facts: &Facts) -> Result<(), sqlx::Error> {

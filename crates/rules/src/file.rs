@@ -16,7 +16,7 @@ use crate::table::{At, Expand, OnTruncate, TableRules};
 use crate::template::Template;
 
 /// Most tables in a file.
-const MAX_TABLES: usize = 1_000;
+const MAX_TABLES: usize = 10_000;
 
 /// Most templates, and most `expand`, of a table.
 const MAX_PER_TABLE: usize = 64;

@@ -1,6 +1,3 @@
-use sqlx::postgres::PgRow;
-use sqlx::{PgConnection, Row};
-
 /// What the database knows of a table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Facts {
@@ -31,6 +28,8 @@ pub struct Relation {
     pub name: String,
     /// Whether it is a foreign table, which can have no statement trigger with transition tables.
     pub is_foreign: bool,
+    /// Whether it holds rows itself, as a partitioned table does not.
+    pub holds_rows: bool,
 }
 
 /// A column.
@@ -48,8 +47,30 @@ pub struct Column {
     pub base_type: String,
     /// Whether the type is an enum.
     pub is_enum: bool,
-    /// Whether its value is computed from others.
-    pub is_generated: bool,
+    /// Whether and how its value is computed from others.
+    pub generated: Generated,
+}
+
+/// How the value of a column is computed from others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Generated {
+    /// It is not.
+    No,
+    /// When a row is written; the row holds it.
+    Stored,
+    /// When a row is read; no row, and so neither a trigger nor the write-ahead log, holds it. Since Postgres 18.
+    Virtual,
+}
+
+impl Generated {
+    /// From `attgenerated`.
+    pub(super) fn from_catalog(letter: &str) -> Self {
+        match letter {
+            "" => Self::No,
+            "v" => Self::Virtual,
+            _ => Self::Stored,
+        }
+    }
 }
 
 /// Types whose text in a key depends on nothing, or only on [`PINNED_SETTINGS`](crate::PINNED_SETTINGS).
@@ -118,6 +139,12 @@ impl Facts {
         self.columns.iter().find(|column| column.name == name)
     }
 
+    /// Whether its rows are in partitions.
+    #[must_use]
+    pub fn is_partitioned(&self) -> bool {
+        self.is_table && self.relations.first().is_some_and(|relation| !relation.holds_rows)
+    }
+
     /// The column of the primary key, if it is just one.
     #[must_use]
     pub fn single_key(&self) -> Option<&Column> {
@@ -126,128 +153,4 @@ impl Facts {
             _ => None,
         }
     }
-}
-
-/// Looks a table up; `None` if there is none of that name.
-pub(super) async fn load(
-    connection: &mut PgConnection,
-    schema: &str,
-    name: &str,
-) -> Result<Option<Facts>, sqlx::Error> {
-    let row = sqlx::query(
-        "select c.oid::int8, c.relkind in ('r', 'p'), i.inhparent::regclass::text
-         from pg_class c join pg_namespace n on n.oid = c.relnamespace
-         left join pg_inherits i on c.relispartition and i.inhrelid = c.oid
-         where n.nspname = $1 and c.relname = $2 and c.relkind in ('r', 'p', 'v', 'm', 'f')",
-    )
-    .persistent(false)
-    .bind(schema)
-    .bind(name)
-    .fetch_optional(&mut *connection)
-    .await?;
-    let Some(row) = row else { return Ok(None) };
-    let oid: i64 = row.try_get(0)?;
-    Ok(Some(Facts {
-        schema: schema.to_owned(),
-        name: name.to_owned(),
-        is_table: row.try_get(1)?,
-        partition_of: row.try_get(2)?,
-        kin: kin(connection, oid).await?,
-        relations: relations(connection, oid).await?,
-        columns: columns(connection, oid).await?,
-        primary_key: primary_key(connection, oid).await?,
-    }))
-}
-
-/// Schemas other than the system's that have a table of this name.
-pub(super) async fn schemas_with(
-    connection: &mut PgConnection,
-    name: &str,
-) -> Result<Vec<String>, sqlx::Error> {
-    sqlx::query_scalar(
-        "select n.nspname::text from pg_class c join pg_namespace n on n.oid = c.relnamespace
-         where c.relname = $1 and c.relkind in ('r', 'p') order by 1",
-    )
-    .persistent(false)
-    .bind(name)
-    .fetch_all(connection)
-    .await
-}
-
-async fn relations(connection: &mut PgConnection, oid: i64) -> Result<Vec<Relation>, sqlx::Error> {
-    let rows = sqlx::query(
-        "with recursive tree (oid, level) as (
-            select $1::int8::oid, 0
-            union all
-            select i.inhrelid, tree.level + 1 from tree join pg_inherits i on i.inhparent = tree.oid
-            join pg_class c on c.oid = i.inhrelid and c.relispartition)
-         select n.nspname::text, c.relname::text, c.relkind = 'f'
-         from tree join pg_class c on c.oid = tree.oid join pg_namespace n on n.oid = c.relnamespace
-         order by tree.level, 1, 2",
-    )
-    .persistent(false)
-    .bind(oid)
-    .fetch_all(connection)
-    .await?;
-    let read = |row: &PgRow| {
-        Ok(Relation { schema: row.try_get(0)?, name: row.try_get(1)?, is_foreign: row.try_get(2)? })
-    };
-    rows.iter().map(read).collect()
-}
-
-async fn kin(connection: &mut PgConnection, oid: i64) -> Result<Vec<String>, sqlx::Error> {
-    sqlx::query_scalar(
-        "select case i.inhparent when $1::int8::oid then i.inhrelid else i.inhparent end::regclass::text
-         from pg_inherits i join pg_class c on c.oid = i.inhrelid and not c.relispartition
-         where $1::int8::oid in (i.inhparent, i.inhrelid) order by 1",
-    )
-    .persistent(false)
-    .bind(oid)
-    .fetch_all(connection)
-    .await
-}
-
-async fn columns(connection: &mut PgConnection, oid: i64) -> Result<Vec<Column>, sqlx::Error> {
-    let rows = sqlx::query(
-        "with recursive base (attnum, typid) as (
-            select attnum, atttypid from pg_attribute where attrelid = $1::int8::oid and attnum > 0 and not attisdropped
-            union all
-            select base.attnum, t.typbasetype from base join pg_type t on t.oid = base.typid where t.typtype = 'd')
-         select a.attname::text, format_type(a.atttypid, null), format_type(a.atttypid, a.atttypmod), t.typname::text,
-            t.typtype = 'e', a.attgenerated <> '',
-            coalesce((select format('%I.%I', n.nspname, l.typname) from pg_type e join pg_type l on l.oid = e.typarray
-                join pg_namespace n on n.oid = l.typnamespace where e.oid = a.atttypid), '')
-         from base join pg_type t on t.oid = base.typid and t.typtype <> 'd'
-         join pg_attribute a on a.attrelid = $1::int8::oid and a.attnum = base.attnum
-         order by a.attnum",
-    )
-    .persistent(false)
-    .bind(oid)
-    .fetch_all(connection)
-    .await?;
-    let read = |row: &PgRow| {
-        Ok(Column {
-            name: row.try_get(0)?,
-            type_name: row.try_get(1)?,
-            full_type: row.try_get(2)?,
-            base_type: row.try_get(3)?,
-            is_enum: row.try_get(4)?,
-            is_generated: row.try_get(5)?,
-            array_type: row.try_get(6)?,
-        })
-    };
-    rows.iter().map(read).collect()
-}
-
-async fn primary_key(connection: &mut PgConnection, oid: i64) -> Result<Vec<String>, sqlx::Error> {
-    sqlx::query_scalar(
-        "select a.attname::text from pg_index i
-         cross join lateral unnest(i.indkey::int2[]) with ordinality k (attnum, ordinal)
-         join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
-         where i.indrelid = $1::int8::oid and i.indisprimary order by k.ordinal",
-    )
-    .persistent(false)
-    .bind(oid)
-    .fetch_all(connection)
-    .await
 }

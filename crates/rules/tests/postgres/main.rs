@@ -7,6 +7,7 @@ mod capture;
 mod catalog;
 mod expand;
 mod install;
+mod many;
 mod partitions;
 mod traps;
 mod values;
