@@ -30,62 +30,102 @@ pub struct Settlement {
     pub poison: Vec<Poison>,
 }
 
-/// Where the reader of `slot` was, if there ever was one.
+/// What is recorded of the reader of a slot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    /// Where it was.
+    pub position: Position,
+    /// Fingerprint of the publication that it read; none by a release that did not record it.
+    pub publication: Option<String>,
+    /// Whether an operator wants it to begin anew, with a new slot.
+    pub begin_anew: bool,
+}
+
+/// What is recorded of the reader of `slot`, if there ever was one.
 ///
 /// # Errors
 /// Whatever the database says.
-pub async fn position(pool: &PgPool, slot: &str) -> Result<Option<Position>, sqlx::Error> {
+pub async fn find(pool: &PgPool, slot: &str) -> Result<Option<Record>, sqlx::Error> {
     let row = sqlx::query(
-        "select system_id, timeline, (confirmed - '0/0'::pg_lsn)::bigint from outbox.capture where slot = $1",
+        "select system_id, timeline, (confirmed - '0/0'::pg_lsn)::bigint, publication, begin_anew
+         from outbox.capture where slot = $1",
     )
     .persistent(false)
     .bind(slot)
     .fetch_optional(pool)
     .await?;
     row.map(|row| {
-        Ok(Position {
+        let position = Position {
             system_id: row.try_get(0)?,
             timeline: row.try_get(1)?,
             confirmed: row.try_get::<i64, _>(2)?.cast_unsigned(),
-        })
+        };
+        Ok(Record { position, publication: row.try_get(3)?, begin_anew: row.try_get(4)? })
     })
     .transpose()
 }
 
-/// Records where the reader of `slot` begins. On the same cluster never before what is recorded already.
+/// Records where the reader of `slot` begins, and the fingerprint of the publication it reads. On the same cluster never
+/// before what is recorded already. What an operator wanted is done with this.
 ///
 /// # Errors
 /// Whatever the database says.
-pub async fn begin(pool: &PgPool, slot: &str, position: &Position) -> Result<(), sqlx::Error> {
+pub async fn begin(
+    pool: &PgPool,
+    slot: &str,
+    position: &Position,
+    publication: &str,
+) -> Result<(), sqlx::Error> {
     sqlx::query(
-        "insert into outbox.capture (slot, system_id, timeline, confirmed)
-         values ($1, $2, $3, '0/0'::pg_lsn + $4::bigint)
+        "insert into outbox.capture (slot, system_id, timeline, confirmed, publication)
+         values ($1, $2, $3, '0/0'::pg_lsn + $4::bigint, $5)
          on conflict (slot) do update set system_id = excluded.system_id, timeline = excluded.timeline,
              confirmed = case when capture.system_id = excluded.system_id
                  then greatest(capture.confirmed, excluded.confirmed) else excluded.confirmed end,
-             recorded_at = clock_timestamp()",
+             publication = excluded.publication, begin_anew = false, recorded_at = clock_timestamp()",
     )
     .persistent(false)
     .bind(slot)
     .bind(&position.system_id)
     .bind(position.timeline)
     .bind(position.confirmed.cast_signed())
+    .bind(publication)
     .execute(pool)
     .await
     .map(drop)
 }
 
-/// Forgets the reader of `slot`: the next one begins anew, without asking what it missed.
+/// Records the fingerprint of the publication that the reader of `slot` reads, if there is such a reader. In the
+/// transaction that declares stale what the publication may have hidden until then.
 ///
 /// # Errors
 /// Whatever the database says.
-pub async fn forget(pool: &PgPool, slot: &str) -> Result<(), sqlx::Error> {
-    sqlx::query("delete from outbox.capture where slot = $1")
+pub async fn record_publication(
+    tx: &mut Transaction<'_, Postgres>,
+    slot: &str,
+    publication: &str,
+) -> Result<(), sqlx::Error> {
+    sqlx::query("update outbox.capture set publication = $2 where slot = $1")
+        .persistent(false)
+        .bind(slot)
+        .bind(publication)
+        .execute(&mut **tx)
+        .await
+        .map(drop)
+}
+
+/// Has the next reader of `slot` begin anew, with a new slot, and declare stale whatever it may have missed. Says whether
+/// there ever was a reader.
+///
+/// # Errors
+/// Whatever the database says.
+pub async fn begin_anew(pool: &PgPool, slot: &str) -> Result<bool, sqlx::Error> {
+    let marked = sqlx::query("update outbox.capture set begin_anew = true where slot = $1")
         .persistent(false)
         .bind(slot)
         .execute(pool)
-        .await
-        .map(drop)
+        .await?;
+    Ok(marked.rows_affected() > 0)
 }
 
 /// Keeps what was published and records that everything before `confirmed` is, in one transaction. The slot may be

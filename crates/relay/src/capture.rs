@@ -7,18 +7,20 @@
 mod events;
 mod expand;
 mod gap;
+mod lag;
 mod monitor;
 mod opening;
+mod publishing;
 mod pump;
 mod reader;
+mod reading;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use metrics::{counter, gauge};
 use rules::Rules;
 use service::{Backoff, Component, Report, SaidLately, Shutdown};
-use tokio::sync::Notify;
 use wal::publication::Tables;
 use wal::session::SessionError;
 use wal::slot;
@@ -35,7 +37,9 @@ use pump::{Pump, PumpError};
 use reader::{Catalog, ReadEnd, ReadError};
 
 pub use monitor::monitor;
-pub use opening::{ReadElsewhere, check_rules, is_passing, preflight};
+pub use opening::{ReadElsewhere, is_passing, preflight};
+pub use publishing::check_rules;
+pub use reading::Reading;
 
 /// How a reader of the log shows in `pg_stat_replication`: by it relays know one another.
 pub const APPLICATION_NAME: &str = "relay-wal";
@@ -69,25 +73,6 @@ pub struct Capture {
     pub servers: Servers,
     /// What is being read.
     pub reading: Reading,
-}
-
-/// What reader and monitor know of each other.
-#[derive(Debug, Default)]
-pub struct Reading {
-    /// The tables as they were when the stream began; nothing while nothing is read.
-    tables: Mutex<Option<Arc<Tables>>>,
-    /// The publication has changed: the stream is to be opened anew.
-    drifted: Notify,
-}
-
-impl Reading {
-    fn set(&self, tables: Option<Arc<Tables>>) {
-        *self.tables.lock().unwrap_or_else(PoisonError::into_inner) = tables;
-    }
-
-    fn tables(&self) -> Option<Arc<Tables>> {
-        self.tables.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
 }
 
 /// Why the log is not read at the moment.
@@ -131,7 +116,7 @@ pub async fn run(capture: Arc<Capture>, health: Component, shutdown: Shutdown) {
     let mut unreadable = None;
     while !shutdown.is_requested() {
         gauge!(names::CAPTURE_ACTIVE).set(0.0);
-        capture.reading.set(None);
+        capture.reading.ended();
         let pause = match read_on(&capture, streaming, unreadable, &health, &shutdown).await {
             Ok(()) => continue,
             Err(CaptureError::Open(OpenError::Session(SessionError::SlotActive(_)))) => {
@@ -225,13 +210,13 @@ async fn read_on(
     let mut pump = Box::pin(pump.run(receiver));
     let catalog =
         Catalog { pool: &capture.shared.pool, publication: &capture.config.publication, tables: &tables };
-    capture.reading.set(Some(Arc::clone(&tables)));
-    let reading = reader::read(stream, assembler, &catalog, sender, shutdown);
+    capture.reading.began(Arc::clone(&tables));
+    let reading = reader::read(stream, assembler, &catalog, sender, &capture.reading, shutdown);
     let end = tokio::select! {
         end = reading => end?,
         pumped = &mut pump => return Ok(pumped?),
         // What was read and is not settled is read again.
-        () = capture.reading.drifted.notified() => return Err(CaptureError::Drifted),
+        () = capture.reading.drifted() => return Err(CaptureError::Drifted),
     };
     // The reader has let go of its end, so the pump comes to an end when everything is published.
     let ReadEnd { stream } = end;

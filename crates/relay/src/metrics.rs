@@ -39,7 +39,7 @@ metrics! {
     describe_counter STREAM_LOSSES = "relay_stream_losses_total", Count, "Times the stream was found to lack what it had acknowledged";
     describe_gauge CAPTURE_ACTIVE = "relay_wal_active", Count, "1 while this relay reads the write-ahead log";
     describe_gauge CAPTURE_LAG_BYTES = "relay_wal_slot_lag_bytes", Bytes, "Write-ahead log that is not confirmed to the slot";
-    describe_gauge CAPTURE_LAG_SECONDS = "relay_wal_slot_lag_seconds", Seconds, "For how long more than 1 MiB of it has not been confirmed";
+    describe_gauge CAPTURE_LAG_SECONDS = "relay_wal_slot_lag_seconds", Seconds, "Age of the oldest log that is not published yet";
     describe_gauge CAPTURE_SLOT_LOST = "relay_wal_slot_lost", Count, "1 if Postgres has removed log that the slot needs";
     describe_gauge CAPTURE_RECEIVED_LSN = "relay_wal_received_lsn", Bytes, "Position in the log up to which the server has sent";
     describe_gauge CAPTURE_FLUSHED_LSN = "relay_wal_flushed_lsn", Bytes, "Position in the log before which everything is published";

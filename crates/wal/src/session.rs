@@ -19,6 +19,8 @@ use pgwire_replication::protocol::framing::{MessageReader, write_query, write_st
 use rules::PINNED_SETTINGS;
 use tokio::io::BufReader;
 
+use crate::name::check_name;
+
 use transport::Transport;
 
 pub use error::SessionError;
@@ -111,7 +113,21 @@ impl Session {
         })
     }
 
+    /// Lets standbys keep a copy of the slot, which nobody may be reading. Postgres has this since version 17.
+    ///
+    /// # Errors
+    /// [`SessionError`]; after what the server says the session goes on.
+    pub async fn keep_on_standbys(&mut self, slot: &str) -> Result<(), SessionError> {
+        check_name(slot)?;
+        self.run(&format!("ALTER_REPLICATION_SLOT {slot} (FAILOVER true)")).await.map(drop)
+    }
+
     async fn single_row(&mut self, query: &str) -> Result<Vec<Option<String>>, SessionError> {
+        self.run(query).await?.ok_or(SessionError::Unexpected)
+    }
+
+    /// Runs a command; returns its last row.
+    async fn run(&mut self, query: &str) -> Result<Option<Vec<Option<String>>>, SessionError> {
         write_query(&mut self.stream, query).await?;
         let mut row = None;
         let mut error = None;
@@ -120,7 +136,7 @@ impl Session {
             match message.tag {
                 b'D' => row = Some(data_row(&message.payload)?),
                 b'E' => error = Some(SessionError::from_server(&message.payload)),
-                b'Z' => return error.map_or_else(|| row.ok_or(SessionError::Unexpected), Err),
+                b'Z' => return error.map_or(Ok(row), Err),
                 _ => {}
             }
         }
@@ -135,7 +151,7 @@ impl Session {
         loop {
             let message = self.reader.read(&mut self.stream).await?;
             match message.tag {
-                b'W' => return Ok(ChangeStream::new(self.stream, self.reader)),
+                b'W' => return Ok(ChangeStream::new(self.stream, self.reader, options.publication)),
                 b'E' => return Err(SessionError::from_server(&message.payload)),
                 _ => {}
             }

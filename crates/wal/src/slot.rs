@@ -27,13 +27,33 @@ pub struct SlotState {
     pub retained_bytes: i64,
     /// How much more log fits before the slot is lost; `None` without a limit.
     pub safe_bytes: Option<i64>,
+    /// End of the log that the server has written, or a standby replayed.
+    pub written: Lsn,
+    /// Why Postgres gave the slot up, as it says since version 17.
+    pub invalidation: Option<String>,
+    /// Whether standbys may keep a copy of it; `None` before version 17.
+    pub failover: Option<bool>,
 }
+
+/// The first Postgres whose standbys can keep copies of logical slots.
+pub const KEEPS_SLOTS_ON_STANDBYS: i32 = 170_000;
 
 impl SlotState {
     /// Whether the log it needs is gone: it can never be read again.
     #[must_use]
     pub fn is_lost(&self) -> bool {
         self.wal_status == "lost"
+    }
+
+    /// The reason why Postgres gave the slot up, and the setting behind it.
+    #[must_use]
+    pub fn lost_because(&self) -> &'static str {
+        match self.invalidation.as_deref() {
+            Some("idle_timeout") => "nobody read it for longer than idle_replication_slot_timeout",
+            Some("rows_removed") => "Postgres has removed rows of the catalog that it needed",
+            Some("wal_level_insufficient") => "wal_level was lower than logical",
+            _ => "Postgres has removed log that was not read yet (max_slot_wal_keep_size)",
+        }
     }
 }
 
@@ -139,8 +159,9 @@ pub async fn find(pool: &PgPool, name: &str) -> Result<Option<SlotState>, sqlx::
                 coalesce(confirmed_flush_lsn, '0/0')::text,
                 pg_wal_lsn_diff(written, coalesce(confirmed_flush_lsn, restart_lsn))::bigint,
                 pg_wal_lsn_diff(written, restart_lsn)::bigint, safe_wal_size,
-                (select application_name from pg_stat_activity where pid = active_pid)
-         from pg_replication_slots, lateral (select case when pg_is_in_recovery() then pg_last_wal_replay_lsn()
+                (select application_name from pg_stat_activity where pid = active_pid), coalesce(written, '0/0')::text,
+                to_jsonb(slot) ->> 'invalidation_reason', (to_jsonb(slot) ->> 'failover')::boolean
+         from pg_replication_slots slot, lateral (select case when pg_is_in_recovery() then pg_last_wal_replay_lsn()
                                              else pg_current_wal_lsn() end written) here
          where slot_name = $1",
     )
@@ -157,18 +178,22 @@ fn read(row: &PgRow) -> Result<SlotState, sqlx::Error> {
         database: row.try_get(1)?,
         active_pid: row.try_get(2)?,
         wal_status: row.try_get(3)?,
-        confirmed: row
-            .try_get::<String, _>(4)?
-            .parse()
-            .map_err(|_| sqlx::Error::Protocol("confirmed_flush_lsn is not a position".to_owned()))?,
+        confirmed: position(row.try_get(4)?)?,
         lag_bytes: row.try_get::<Option<i64>, _>(5)?.unwrap_or(0).max(0),
         retained_bytes: row.try_get::<Option<i64>, _>(6)?.unwrap_or(0).max(0),
         safe_bytes: row.try_get(7)?,
         reader: row.try_get(8)?,
+        written: position(row.try_get(9)?)?,
+        invalidation: row.try_get(10)?,
+        failover: row.try_get(11)?,
     })
 }
 
-/// Creates the slot. It decodes what commits from now on. Not in a transaction: Postgres refuses that once something was
+fn position(text: &str) -> Result<Lsn, sqlx::Error> {
+    text.parse().map_err(|_| sqlx::Error::Protocol(format!("'{text}' is no position in the log")))
+}
+
+/// Creates the slot, since Postgres 17 one that standbys may keep a copy of. It decodes what commits from now on. Not in a transaction: Postgres refuses that once something was
 /// written in it. Waits for all transactions that are open.
 ///
 /// # Errors
@@ -179,11 +204,12 @@ pub async fn create(pool: &PgPool, name: &str) -> Result<Lsn, SlotError> {
     if facts.wal_level != "logical" {
         return Err(SlotError::WalLevel(facts.wal_level));
     }
-    let created = sqlx::query("select lsn::text from pg_create_logical_replication_slot($1, 'pgoutput')")
-        .persistent(false)
-        .bind(name)
-        .fetch_one(pool)
-        .await;
+    let statement = if facts.version >= KEEPS_SLOTS_ON_STANDBYS {
+        "select lsn::text from pg_create_logical_replication_slot($1, 'pgoutput', failover => true)"
+    } else {
+        "select lsn::text from pg_create_logical_replication_slot($1, 'pgoutput')"
+    };
+    let created = sqlx::query(statement).persistent(false).bind(name).fetch_one(pool).await;
     let code =
         |error: &sqlx::Error| error.as_database_error().and_then(|error| error.code()).map(String::from);
     match created {
@@ -195,22 +221,6 @@ pub async fn create(pool: &PgPool, name: &str) -> Result<Lsn, SlotError> {
             _ => SlotError::Database(error),
         }),
     }
-}
-
-/// Drops the slot if the log it needs is gone. One that is not lost may be another reader's, just created.
-///
-/// # Errors
-/// Whatever the database says.
-pub async fn discard_lost(pool: &PgPool, name: &str) -> Result<(), sqlx::Error> {
-    sqlx::query(
-        "select pg_drop_replication_slot(slot_name) from pg_replication_slots
-         where slot_name = $1 and wal_status = 'lost'",
-    )
-    .persistent(false)
-    .bind(name)
-    .execute(pool)
-    .await
-    .map(drop)
 }
 
 /// Drops the slot, if it exists. Fails while somebody reads it.
@@ -236,6 +246,30 @@ pub fn check(name: &str, state: &SlotState, facts: &ServerFacts) -> Result<(), S
     }
     let (database, plugin) = (state.database.clone(), state.plugin.clone());
     Err(SlotError::Foreign { name: name.to_owned(), database, plugin })
+}
+
+/// Standbys of the server, as far as a slot is concerned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Standbys {
+    /// How many receive the log at the moment.
+    pub connected: i64,
+    /// `synchronized_standby_slots`: logical slots do not run ahead of these. `None` before version 17.
+    pub awaited: Option<String>,
+}
+
+/// Asks the server for its standbys.
+///
+/// # Errors
+/// Whatever the database says.
+pub async fn standbys(pool: &PgPool) -> Result<Standbys, sqlx::Error> {
+    let row = sqlx::query(
+        "select count(*), current_setting('synchronized_standby_slots', true) from pg_stat_replication r
+         where not exists (select from pg_replication_slots s where s.active_pid = r.pid and s.slot_type = 'logical')",
+    )
+    .persistent(false)
+    .fetch_one(pool)
+    .await?;
+    Ok(Standbys { connected: row.try_get(0)?, awaited: row.try_get(1)? })
 }
 
 /// Writes a message to the log that belongs to no transaction, so that there is something to decode, and thus to

@@ -10,14 +10,18 @@ mod failover;
 mod faults;
 mod gaps;
 mod gate;
+mod generated;
 mod health;
 mod idle;
 mod large;
 mod outbox;
 mod partitions;
+mod publication;
+mod recovery;
 mod schema;
 mod transactions;
 mod values;
+mod writers;
 
 use std::process::Command;
 
@@ -55,6 +59,16 @@ pub async fn captured_on(
     environment.extend(relay.iter().map(|(name, value)| (*name, (*value).to_owned())));
     let options = PairOptions { stack, schema, rules, relay: environment, ..Default::default() };
     Pair::start_with(options).await.unwrap()
+}
+
+/// Whether the server is of this version or a later one (`server_version_num`). If not, says what is not tried.
+pub async fn is_since(pair: &Pair, version: i32, what: &str) -> bool {
+    let found = sqlx::query_scalar("select current_setting('server_version_num')::integer");
+    let found: i32 = found.fetch_one(&pair.pool).await.unwrap();
+    if found < version {
+        println!("Postgres {found} has no {what}; that part is not tried");
+    }
+    found >= version
 }
 
 /// Runs SQL as psql would.

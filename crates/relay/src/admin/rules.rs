@@ -99,7 +99,7 @@ pub(super) async fn execute(pool: &PgPool, command: RulesCommand, config: &Confi
         RulesCommand::Check { lock: Some(file), .. } => lock(&mut connection, &rules, &facts, &file).await,
         RulesCommand::Check { wal: true, .. } => {
             drop(connection);
-            crate::capture::check_rules(pool, &rules).await?;
+            crate::capture::check_rules(pool, &config.capture, &rules).await?;
             println!("{} tables fit the database and its replica identities", facts.len());
             Ok(())
         }
@@ -281,6 +281,13 @@ async fn warn(connection: &mut PgConnection, rules: &Rules, facts: &[Facts]) -> 
         println!(
             "!! {}.{} is a foreign table: what is changed in it directly, or where it lives, is not captured",
             relation.schema, relation.name
+        );
+    }
+    for facts in facts.iter().filter(|facts| facts.is_partitioned()) {
+        println!(
+            "!! {}.{} is partitioned: a MERGE that moves a row to another partition shows it to no trigger; move rows by \
+             UPDATE, call outbox.enqueue in the same transaction, or capture the table from the write-ahead log",
+            facts.schema, facts.name
         );
     }
     for risk in catalog::risks(connection, rules).await? {

@@ -11,7 +11,8 @@ use crate::Config;
 pub enum SlotCommand {
     /// Show where it is
     Show,
-    /// Go on although changes are missing: a lost slot is dropped, and reading begins anew. Flush the cache first
+    /// Go on although changes are missing: the relay makes a new slot, and then declares every key stale that the rules can
+    /// name
     AcceptGap,
     /// Drop it, so that Postgres keeps no log for it any more: no relay reads the log from now on
     Drop,
@@ -28,17 +29,19 @@ pub(super) async fn execute(pool: &PgPool, config: &Config, command: SlotCommand
     match command {
         SlotCommand::Show => println!("{}", describe(name, state.as_ref())),
         SlotCommand::AcceptGap => {
-            if state.as_ref().is_some_and(SlotState::is_lost) {
-                slot::discard(pool, name).await?;
+            if !capture::begin_anew(pool, name).await? {
+                bail!("no relay has read slot {name} yet, so nothing can be missing");
             }
-            capture::forget(pool, name).await?;
-            println!("what is missing is accepted; a relay with --source wal begins anew");
+            println!(
+                "what is missing is accepted; a relay with --source wal makes a new slot, and then declares every key stale \
+                 that the rules can name"
+            );
         }
         SlotCommand::Drop => {
+            // Marked first: what changes without a slot is missing for whoever reads again.
+            capture::begin_anew(pool, name).await?;
             slot::discard(pool, name).await?;
-            capture::forget(pool, name).await?;
-            let done =
-                if state.is_some() { "is dropped" } else { "does not exist, and its position is forgotten" };
+            let done = if state.is_some() { "is dropped" } else { "does not exist" };
             println!("slot {name} {done}; a relay that runs with --source wal creates it again");
         }
     }
@@ -55,13 +58,14 @@ pub(super) fn describe(name: &str, state: Option<&SlotState>) -> String {
     let room = state
         .safe_bytes
         .map_or(String::new(), |bytes| format!(", lost after {:.1} MB more", megabytes(bytes)));
+    let status =
+        if state.is_lost() { format!("lost: {}", state.lost_because()) } else { state.wal_status.clone() };
     format!(
-        "{name} at {}, {}, {:.1} MB behind, {:.1} MB of log kept ({}{room})",
+        "{name} at {}, {}, {:.1} MB behind, {:.1} MB of log kept ({status}{room})",
         state.confirmed,
         reader,
         megabytes(state.lag_bytes),
         megabytes(state.retained_bytes),
-        state.wal_status,
     )
 }
 

@@ -1,18 +1,18 @@
 use std::time::Duration;
 
-use outbox::capture::{self as recorded, Position};
+use outbox::capture::{self as recorded, Position, Record};
+use rules::Rules;
 use rules::catalog::{self, CatalogError, ExpandError, Expander};
-use rules::{Rules, TableRules};
 use service::Component;
 use sqlx::PgPool;
 use wal::Lsn;
-use wal::publication::{self, Drift, PublicationError, Tables};
+use wal::publication::{PublicationError, Refusal, Tables};
 use wal::session::{ChangeStream, Identity, Session, SessionError, Settings, SettingsError, StreamOptions};
 use wal::slot::{self, ServerFacts, SlotError, SlotState};
 
 use super::Capture;
-use super::events::of_missing_changes;
-use super::gap::{self, Gap};
+use super::gap::{self, Beginning, Gap};
+use super::publishing::{check_rules, ready_publication};
 use crate::config::CaptureConfig;
 use crate::database::{PATIENCE, within};
 
@@ -80,10 +80,19 @@ pub enum OpenError {
     Expand(#[from] ExpandError),
     #[error("this server is a standby; WAL capture reads from the primary")]
     Standby,
+    #[error(
+        "cannot publish the tables of the rules: their writers would fail: {}; alter these tables, or capture them by triggers",
+        listed(.0)
+    )]
+    Writers(Vec<Refusal>),
     #[error("cannot declare stale what the publication hid")]
     Stale(#[from] outbox::EnqueueError),
     #[error(transparent)]
     Gap(#[from] Gap),
+}
+
+fn listed(refusals: &[Refusal]) -> String {
+    refusals.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 
 /// A stream that goes on where the last one ended.
@@ -119,70 +128,13 @@ pub async fn preflight(pool: &PgPool, config: &CaptureConfig, rules: &Rules) -> 
     if facts.wal_level != "logical" {
         return Err(SlotError::WalLevel(facts.wal_level).into());
     }
-    check_rules(pool, rules).await?;
+    check_rules(pool, config, rules).await?;
     // Of a slot that exists somebody may be reading: whoever opens it looks at the publication.
     if slot::find(pool, &config.slot).await?.is_none() {
-        ready_publication(pool, config, rules).await?;
+        let record = recorded::find(pool, &config.slot).await?;
+        ready_publication(pool, config, rules, record.as_ref()).await?;
     }
     Ok(())
-}
-
-/// Whether the rules fit the database, and the log holds what they need.
-///
-/// # Errors
-/// [`OpenError`].
-pub async fn check_rules(pool: &PgPool, rules: &Rules) -> Result<(), OpenError> {
-    for table in rules.tables() {
-        let place = |line| (rules.file().to_owned(), line, table.qualified_name());
-        if let Some(template) = table.keys.iter().find(|template| !template.value.begins_literally()) {
-            let (file, line, table) = place(template.line);
-            return Err(OpenError::NoBeginning { file, line, table });
-        }
-        if let Some(expand) = table.expand.iter().find(|expand| expand.namespaces.is_empty()) {
-            let (file, line, table) = place(expand.sql.line);
-            return Err(OpenError::NoNamespaces { file, line, table });
-        }
-    }
-    {
-        let mut connection = pool.acquire().await?;
-        let facts = catalog::check(&mut connection, rules).await?;
-        catalog::check_identity(&mut connection, rules, &facts).await?;
-    }
-    for expander in catalog::expanders(pool, rules).await?.iter().flatten() {
-        expander.rehearse(pool).await?;
-    }
-    Ok(())
-}
-
-/// Makes the publication be as it should. If it was not, changes are missing from the log, and the namespaces of their
-/// tables are declared stale together with the correction.
-async fn ready_publication(
-    pool: &PgPool,
-    config: &CaptureConfig,
-    rules: &Rules,
-) -> Result<Tables, OpenError> {
-    let name = &config.publication;
-    wal::check_name(name).map_err(PublicationError::Name)?;
-    let tables = publication::resolve(pool, rules).await?;
-    let Some(drift) = publication::drift(pool, name, &tables).await? else { return Ok(tables) };
-    // A table without a replica identity would refuse its writers as soon as it is published.
-    check_rules(pool, rules).await?;
-    if let Drift::Differs(affected) = &drift {
-        let tables = affected.iter().filter_map(|&index| rules.tables().get(index));
-        let tables: Vec<String> = tables.map(TableRules::qualified_name).collect();
-        tracing::warn!(
-            affected = tables.join(", "),
-            "publication {name} {drift}; correcting it, and declaring every key stale that the rules of affected tables can name"
-        );
-    }
-    let mut tx = pool.begin().await?;
-    let affected = publication::correct(&mut tx, name, rules, &drift).await?;
-    let affected = affected.iter().filter_map(|&index| rules.tables().get(index));
-    let stale: Vec<_> = affected.flat_map(of_missing_changes).collect();
-    outbox::enqueue_through_wal(&mut tx, &stale).await?;
-    tx.commit().await?;
-    tracing::info!(publication = name, tables = rules.tables().len(), "set up the publication");
-    Ok(tables)
 }
 
 /// Makes publication and slot ready, makes sure that nothing is missing since the log was last read, and begins.
@@ -199,7 +151,7 @@ pub(super) async fn open(
         return Err(OpenError::Standby);
     }
     // Read before the slot and again after it: meanwhile another relay may create the slot, or read on and die.
-    let known = within(PATIENCE, recorded::position(pool, &config.slot)).await?;
+    let known = within(PATIENCE, recorded::find(pool, &config.slot)).await?;
     let existing = within(PATIENCE, slot::find(pool, &config.slot)).await?;
     if let Some(state) = &existing {
         slot::check(&config.slot, state, &facts)?;
@@ -211,26 +163,25 @@ pub(super) async fn open(
         }
     }
     // Before the slot: what is decoded is looked up in the catalog as it was at that point of the log.
-    let tables = within(PUBLICATION_PATIENCE, ready_publication(pool, config, &capture.rules)).await?;
+    let published =
+        within(PUBLICATION_PATIENCE, ready_publication(pool, config, &capture.rules, known.as_ref())).await?;
     let expanders = within(PUBLICATION_PATIENCE, catalog::expanders(pool, &capture.rules)).await?;
     let settings = Settings::parse(capture.servers.current_url(), super::APPLICATION_NAME)?;
     let mut session = Session::open(&settings, WAL_SENDER_TIMEOUT, CONNECT_PATIENCE).await?;
     let identity = in_time(session.identify()).await?;
-    let before = match known {
-        Some(_) => within(PATIENCE, recorded::position(pool, &config.slot)).await?,
-        None => None,
-    };
-    let found = gap::find(before.as_ref(), existing.as_ref(), &identity, unreadable);
-    match found {
-        Some(gap) => gap::close(capture, gap, existing, &identity, health).await?,
-        None => {
-            // The position was forgotten: what is missing is accepted, and the slot still cannot be read.
-            let dead = existing.as_ref().is_some_and(|state| unreadable == Some(state.confirmed));
-            if dead {
-                slot::discard(pool, &config.slot).await?;
-            }
-            let existing = existing.filter(|_| !dead);
-            ready_slot(capture, &facts, before, existing, &identity, health).await?;
+    let record = within(PATIENCE, recorded::find(pool, &config.slot)).await?;
+    if known.is_none() && record.is_some() {
+        return Err(SessionError::SlotActive("another relay has just begun".to_owned()).into());
+    }
+    let beginning = gap::decide(record.as_ref(), existing.as_ref(), &identity, unreadable, config.gap_policy);
+    let begun = Begun { identity: &identity, publication: &published.fingerprint };
+    match beginning {
+        Beginning::Halted(gap) => return Err(gap.into()),
+        Beginning::First => begin_first(capture, &facts, &begun, health).await?,
+        Beginning::Resumed => resume(capture, record, existing, &begun, &mut session).await?,
+        Beginning::Anew { cause, keeps_slot } => {
+            let kept = existing.as_ref().filter(|_| keeps_slot);
+            gap::begin_anew(capture, &cause, kept, &begun, health).await?;
         }
     }
     let options = StreamOptions {
@@ -240,40 +191,61 @@ pub(super) async fn open(
         streaming,
     };
     let stream = in_time(session.start(&options)).await?;
-    Ok(Opened { stream, tables, expanders, timeline: identity.timeline })
+    Ok(Opened { stream, tables: published.tables, expanders, timeline: identity.timeline })
+}
+
+/// What is recorded when reading begins.
+pub(super) struct Begun<'a> {
+    identity: &'a Identity,
+    /// Fingerprint of the publication.
+    publication: &'a str,
+}
+
+impl Begun<'_> {
+    /// Records that everything before `at` is published, or was declared stale.
+    pub(super) async fn record(&self, capture: &Capture, at: Lsn) -> Result<(), sqlx::Error> {
+        let Identity { system_id, timeline, .. } = self.identity;
+        let position = Position { system_id: system_id.clone(), timeline: *timeline, confirmed: at.0 };
+        let (pool, slot) = (&capture.shared.pool, &capture.config.slot);
+        within(PATIENCE, recorded::begin(pool, slot, &position, self.publication)).await
+    }
+}
+
+/// Creates the slot of a database that nobody has read yet.
+async fn begin_first(
+    capture: &Capture,
+    facts: &ServerFacts,
+    begun: &Begun<'_>,
+    health: &Component,
+) -> Result<(), OpenError> {
+    warn_of_limits(facts);
+    let begins_at = create_slot(capture, health).await?;
+    Ok(begun.record(capture, begins_at).await?)
+}
+
+/// Goes on with the slot that was read, on whatever server it is by now.
+async fn resume(
+    capture: &Capture,
+    record: Option<Record>,
+    existing: Option<SlotState>,
+    begun: &Begun<'_>,
+    session: &mut Session,
+) -> Result<(), OpenError> {
+    let (Some(Record { position: before, .. }), Some(state)) = (record, existing) else { return Ok(()) };
+    if state.failover == Some(false) {
+        // Without it capture works as well, until there is a failover.
+        if let Err(error) = in_time(session.keep_on_standbys(&capture.config.slot)).await {
+            tracing::warn!(error = %service::Report::of(&error), "cannot let standbys keep a copy of the slot; a failover will be a gap");
+        }
+    }
+    let unchanged = before.timeline == begun.identity.timeline && before.confirmed >= state.confirmed.0;
+    if unchanged { Ok(()) } else { Ok(begun.record(capture, state.confirmed).await?) }
 }
 
 /// The replication connection may go silent at any moment, and nothing else would notice.
 async fn in_time<T>(answer: impl Future<Output = Result<T, SessionError>>) -> Result<T, SessionError> {
     let answered = tokio::time::timeout(CONNECT_PATIENCE, answer).await;
     answered.unwrap_or(Err(SessionError::TimedOut(CONNECT_PATIENCE)))
-}
-
-/// After this the slot exists and its position is recorded. There must be no gap.
-async fn ready_slot(
-    capture: &Capture,
-    facts: &ServerFacts,
-    before: Option<Position>,
-    existing: Option<SlotState>,
-    identity: &Identity,
-    health: &Component,
-) -> Result<(), OpenError> {
-    let pool = &capture.shared.pool;
-    let name = &capture.config.slot;
-    let begins_at = match existing {
-        Some(state) => state.confirmed,
-        None => {
-            warn_of_limits(facts);
-            create_slot(capture, health).await?
-        }
-    };
-    let unchanged =
-        before.is_some_and(|before| before.timeline == identity.timeline && before.confirmed >= begins_at.0);
-    if !unchanged {
-        let position = position(identity, begins_at);
-        within(PATIENCE, recorded::begin(pool, name, &position)).await?;
-    }
-    Ok(())
 }
 
 /// Creates the slot. Not ready meanwhile, and alive for as long as Postgres is at it: a restart would begin to wait anew.
@@ -297,10 +269,6 @@ pub(super) async fn create_slot(capture: &Capture, health: &Component) -> Result
     };
     tracing::info!(slot = name, position = %created, "created the slot; changes are captured from here on");
     Ok(created)
-}
-
-pub(super) fn position(identity: &Identity, confirmed: Lsn) -> Position {
-    Position { system_id: identity.system_id.clone(), timeline: identity.timeline, confirmed: confirmed.0 }
 }
 
 fn warn_of_limits(facts: &ServerFacts) {

@@ -146,7 +146,10 @@ impl Pump {
             let has_room = self.publishing.len() < BATCHES_IN_FLIGHT;
             tokio::select! {
                 biased;
-                _ = sign_of_life.tick() => self.health.beat(),
+                _ = sign_of_life.tick() => {
+                    self.health.beat();
+                    self.capture.reading.set_reached(self.ledger.confirmed());
+                }
                 Some(acknowledged) = self.publishing.next(), if !self.publishing.is_empty() => {
                     self.acknowledged.push(acknowledged?);
                     failpoint::hit("relay.wal_after_publish").await;

@@ -8,6 +8,7 @@ use wal::publication::{self, Lineage, Tables};
 use wal::session::{ChangeStream, Frame, SessionError};
 use wal::{Assembler, AssemblyError, Lsn, Piece};
 
+use super::Reading;
 use crate::database::{PATIENCE, within};
 use crate::metrics as names;
 
@@ -96,6 +97,7 @@ pub(super) async fn read(
     mut assembler: Assembler,
     catalog: &Catalog<'_>,
     sender: Sender,
+    reading: &Reading,
     shutdown: &Shutdown,
 ) -> Result<ReadEnd, ReadError> {
     let mut uncounted = 0;
@@ -140,6 +142,11 @@ pub(super) async fn read(
                 gauge!(names::CAPTURE_RECEIVED_LSN).set(position(wal_end));
                 // Without room it says nothing that the next one does not say as well.
                 let _ = sender.queue.try_send(Item::Nothing(wal_end));
+            }
+            Frame::Notice(text) => {
+                if reading.notice(&text) {
+                    tracing::warn!("the server says on the replication connection: {text}");
+                }
             }
         }
     }

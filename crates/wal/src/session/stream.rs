@@ -3,7 +3,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use pgwire_replication::Lsn;
 use pgwire_replication::protocol::framing::MessageReader;
-use pgwire_replication::protocol::{ReplicationCopyData, replication::parse_copy_data};
+use pgwire_replication::protocol::{ErrorFields, ReplicationCopyData, replication::parse_copy_data};
 use tokio::io::{BufReader, ReadHalf};
 
 use super::feedback::Feedback;
@@ -58,6 +58,8 @@ pub enum Frame {
         /// End of the log that the server has looked at.
         wal_end: Lsn,
     },
+    /// A notice or warning of the server, with its detail.
+    Notice(String),
 }
 
 /// The stream of a slot. While it lives nobody else can read the slot; dropped, it closes the connection.
@@ -65,6 +67,7 @@ pub struct ChangeStream {
     stream: ReadHalf<BufReader<Transport>>,
     reader: MessageReader,
     feedback: Feedback,
+    publication: String,
 }
 
 impl std::fmt::Debug for ChangeStream {
@@ -74,9 +77,10 @@ impl std::fmt::Debug for ChangeStream {
 }
 
 impl ChangeStream {
-    pub(super) fn new(stream: BufReader<Transport>, reader: MessageReader) -> Self {
+    pub(super) fn new(stream: BufReader<Transport>, reader: MessageReader, publication: &str) -> Self {
         let (read, write) = tokio::io::split(stream);
-        Self { stream: read, reader, feedback: Feedback::spawn(write) }
+        let publication = publication.to_owned();
+        Self { stream: read, reader, feedback: Feedback::spawn(write), publication }
     }
 
     /// The hand that confirms what was published.
@@ -103,6 +107,10 @@ impl ChangeStream {
                     });
                 }
                 b'E' => return Err(SessionError::from_server(&message.payload)),
+                b'N' => {
+                    return notice(&ErrorFields::parse(&message.payload), &self.publication)
+                        .map(Frame::Notice);
+                }
                 // The server ends the stream, for example when it shuts down.
                 b'c' => {
                     let closed = std::io::Error::new(
@@ -119,5 +127,36 @@ impl ChangeStream {
     /// Tells the server the last confirmed position and frees the slot.
     pub async fn finish(self) {
         self.feedback.finish().await;
+    }
+}
+
+/// The text of a notice. Since Postgres 18 a publication that does not exist at a change is no error: the server passes
+/// the change by, and only warns.
+fn notice(fields: &ErrorFields, publication: &str) -> Result<String, SessionError> {
+    let message = fields.message.clone().unwrap_or_default();
+    // object_not_in_prerequisite_state. The words are in the language of the server, the name is not.
+    let is_about_state = fields.code.as_deref() == Some("55000");
+    if is_about_state && message.contains(&format!("\"{publication}\"")) {
+        return Err(SessionError::Missing(message));
+    }
+    Ok(fields.detail.as_ref().map_or(message.clone(), |detail| format!("{message}: {detail}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_publication_that_is_passed_by_is_missing_and_any_other_notice_is_passed_on() {
+        let fields = |code: &str, message: &str| ErrorFields {
+            code: Some(code.to_owned()),
+            message: Some(message.to_owned()),
+            detail: Some("why".to_owned()),
+            ..ErrorFields::default()
+        };
+        let skipped = "skipped loading publication \"outbox_relay\"";
+        assert!(matches!(notice(&fields("55000", skipped), "outbox_relay"), Err(SessionError::Missing(_))));
+        assert_eq!(notice(&fields("55000", skipped), "other").unwrap(), format!("{skipped}: why"));
+        assert_eq!(notice(&fields("01000", "hello"), "outbox_relay").unwrap(), "hello: why");
     }
 }

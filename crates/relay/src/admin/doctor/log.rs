@@ -5,7 +5,7 @@ use rules::Rules;
 use service::Report;
 use sqlx::PgPool;
 use wal::publication;
-use wal::slot::{self, ServerFacts, SlotState};
+use wal::slot::{self, ServerFacts, SlotState, Standbys};
 
 use super::{Finding, finding};
 use crate::admin::slot::describe;
@@ -20,8 +20,13 @@ pub(super) async fn judge(pool: &PgPool, config: &Config) -> anyhow::Result<Vec<
     }
     let facts = slot::server_facts(pool).await?;
     let mut findings = judge_server(&facts, state.is_some());
-    let recorded = recorded::position(pool, &config.capture.slot).await?;
+    let record = recorded::find(pool, &config.capture.slot).await?;
+    // Of what an operator has accepted nothing is missing.
+    let recorded = record.filter(|record| !record.begin_anew).map(|record| record.position);
     findings.push(judge_slot(config, state.as_ref(), recorded.as_ref()));
+    if !facts.is_standby {
+        findings.extend(judge_failover(&facts, state.as_ref(), &slot::standbys(pool).await?));
+    }
     findings.extend(judge_rules(pool, config).await?);
     Ok(findings)
 }
@@ -97,20 +102,44 @@ fn judge_slot(config: &Config, state: Option<&SlotState>, recorded: Option<&Posi
     let remedies: Vec<&str> = match (state, recorded) {
         (None, None) => vec!["start a relay with --source wal: it creates the slot"],
         (None, Some(_)) => vec![
-            "changes are missing: it was dropped, or Postgres failed over without it; RELAY_GAP_POLICY=flush, or flush \
-             the cache and `relay slot accept-gap`",
+            "changes are missing: it was dropped, or Postgres failed over without it; RELAY_GAP_POLICY=flush, or \
+             `relay slot accept-gap`",
         ],
-        (Some(state), _) if state.is_lost() => vec![
-            "Postgres removed log that was not read; RELAY_GAP_POLICY=flush, or flush the cache and `relay slot accept-gap`",
-        ],
+        (Some(state), _) if state.is_lost() => {
+            vec!["changes are missing; RELAY_GAP_POLICY=flush, or `relay slot accept-gap`"]
+        }
         (Some(state), Some(recorded)) if state.confirmed.0 > recorded.confirmed => vec![
-            "it is ahead of what was published: created again, or read by somebody else; RELAY_GAP_POLICY=flush, or flush \
-             the cache and `relay slot accept-gap`",
+            "it is ahead of what was published: created again, or read by somebody else; RELAY_GAP_POLICY=flush, or \
+             `relay slot accept-gap`",
         ],
         (Some(state), _) => judge_lag(config, state),
     };
     let remedy = (!remedies.is_empty()).then(|| remedies.join("; "));
     Finding { subject: "slot", fact, remedy }
+}
+
+/// Says whether the slot survives a failover, where there is a standby or Postgres could keep a copy.
+fn judge_failover(facts: &ServerFacts, slot: Option<&SlotState>, standbys: &Standbys) -> Option<Finding> {
+    let finding =
+        |fact: &str, remedy: &str| Some(finding("failover", fact.to_owned(), remedy.is_empty(), remedy));
+    let has_standby = standbys.connected > 0;
+    if facts.version < slot::KEEPS_SLOTS_ON_STANDBYS {
+        let fact = "a standby has no copy of the slot before Postgres 17: a failover is a gap";
+        return has_standby.then(|| finding(fact, "")).flatten();
+    }
+    if slot?.failover != Some(true) {
+        let remedy = "start a relay of this release with --source wal: it alters the slot when it opens it";
+        return finding("no standby may keep a copy of the slot: a failover is a gap", remedy);
+    }
+    if has_standby && standbys.awaited.as_deref().is_none_or(str::is_empty) {
+        let remedy = "let the standby keep a copy (sync_replication_slots, hot_standby_feedback, primary_slot_name, dbname in \
+                      primary_conninfo), and name its physical slot in synchronized_standby_slots";
+        return finding(
+            "logical slots may run ahead of the standbys, and do not survive a failover then",
+            remedy,
+        );
+    }
+    finding("standbys may keep a copy of the slot", "")
 }
 
 fn judge_lag(config: &Config, state: &SlotState) -> Vec<&'static str> {
@@ -159,7 +188,7 @@ async fn judge_rules(pool: &PgPool, config: &Config) -> anyhow::Result<Vec<Findi
         }
     };
     let mut findings = Vec::new();
-    if let Err(error) = check_rules(pool, &rules).await {
+    if let Err(error) = check_rules(pool, &config.capture, &rules).await {
         findings.push(finding(
             "rules",
             Report::of(&error).to_string(),
