@@ -246,6 +246,23 @@ impl EnvelopeWriter {
         true
     }
 
+    /// Adds the `events` events of an envelope that is written already, or leaves this one as it was and says `false` if
+    /// they do not fit any more or the body was not written by this code.
+    #[must_use = "an envelope that does not fit is not added"]
+    pub fn append(&mut self, body: &[u8], events: usize) -> bool {
+        let written = body.strip_prefix(OPENING).and_then(|rest| rest.strip_suffix(CLOSING));
+        let Some(written) = written.filter(|written| !written.is_empty()) else { return false };
+        if self.bytes().saturating_add(1 + written.len()) > self.max_bytes {
+            return false;
+        }
+        if self.events > 0 {
+            self.body.push(b',');
+        }
+        self.body.extend_from_slice(written);
+        self.events += events;
+        true
+    }
+
     /// How many events it holds.
     #[must_use]
     pub fn events(&self) -> usize {

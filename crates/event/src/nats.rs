@@ -46,15 +46,34 @@ pub fn dead_subject(subject: &str) -> String {
 pub struct CoverageRequest {
     /// Creation time of the stream, in microseconds since the Unix epoch.
     pub stream_created_us: i64,
+    /// What of it was lost before it was read. A relay publishes again what it retains of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missing: Option<Missing>,
+}
+
+/// Messages that a stream has lost and that a subscriber has not read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Missing {
+    /// They were published since, in microseconds since the Unix epoch.
+    pub since_us: i64,
+    /// They came before this sequence.
+    pub before_seq: u64,
 }
 
 /// A relay's answer to [`CoverageRequest`]. Times are microseconds since the Unix epoch.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CoverageReply {
-    /// Every event published since is, or was, in that stream. `None` while no relay has examined the stream.
+    /// Every event published since is in that stream, was in it, or is about to be published to it again. `None` while no
+    /// relay has examined the stream.
     pub complete_since_us: Option<i64>,
     /// Everything published since is retained, and is published again whenever the stream turns out to lack it.
     pub retained_since_us: i64,
+    /// About how many messages are still to be published to that stream again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub republish_remaining: Option<u64>,
+    /// Everything that the request says is missing is published again, or was. `None` if the relay did not understand.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missing_is_retained: Option<bool>,
 }
 
 /// Asked by a subscriber that finds marks whose writer has left them behind: how did these transactions end?

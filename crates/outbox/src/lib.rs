@@ -10,8 +10,10 @@ pub mod diagnosis;
 mod enqueue;
 mod migrate;
 pub mod outcome;
+pub mod republication;
 pub mod retention;
 mod statement;
+pub mod stream;
 pub mod testing;
 
 pub use claim::{Claim, ClaimOptions, Claimed, Poison, wait_for_events};

@@ -8,10 +8,13 @@ mod status;
 
 use std::time::Duration;
 
+use anyhow::bail;
 use async_nats::jetstream::{self, stream::Info};
 use clap::Subcommand;
 use event::nats::STREAM;
+use outbox::republication;
 use service::nats::Nats;
+use sqlx::PgPool;
 
 use crate::database::{Access, Servers};
 use crate::{Config, database, run};
@@ -41,6 +44,12 @@ pub enum Command {
     /// Show the replication slot, accept what it has missed, or drop it
     #[command(subcommand)]
     Slot(SlotCommand),
+    /// Let the running relays publish again what they published lately and is still retained
+    Republish {
+        /// How far back, for example 5m
+        #[arg(long, value_name = "DURATION", value_parser = service::parse_duration)]
+        since: Duration,
+    },
     /// Ask the running relay at HTTP_ADDR whether it is ready; exits with 1 if not
     Health,
     /// Check database, stream and clocks, and say what to do about each finding; exits with 1 if something is wrong
@@ -70,6 +79,7 @@ pub async fn execute(command: Command, config: &Config) -> anyhow::Result<()> {
     match command {
         Command::Run | Command::Health | Command::Migrate => unreachable!("handled before"),
         Command::Status => status::print(&pool, config).await,
+        Command::Republish { since } => republish(&pool, since).await,
         Command::Dead(command) => dead::execute(&pool, command).await,
         Command::Slot(command) => slot::execute(&pool, config, command).await,
         Command::Doctor => doctor::print(&pool, config).await,
@@ -86,13 +96,24 @@ fn access(command: &Command, config: &Config) -> Access {
         Command::Rules(command) => {
             !matches!(command, RulesCommand::Apply { .. } | RulesCommand::Explain { .. })
         }
-        Command::Run | Command::Migrate | Command::Health => false,
+        Command::Run | Command::Migrate | Command::Health | Command::Republish { .. } => false,
     };
     match (looks, config.transaction_pooler) {
         (true, _) => Access::Look,
         (false, true) => Access::WritePooled,
         (false, false) => Access::Write,
     }
+}
+
+async fn republish(pool: &PgPool, since: Duration) -> anyhow::Result<()> {
+    let Some(searched) = republication::request(pool, since).await? else {
+        bail!("cannot publish anything again: no relay has published to a stream yet; start one");
+    };
+    println!(
+        "the running relays publish again what is retained of the last {since:?}; about {searched} retained messages are \
+         searched for it. `relay status` shows how many are left"
+    );
+    Ok(())
 }
 
 /// The stream as it is now, or what is wrong with the way to it. Looking must not create it.

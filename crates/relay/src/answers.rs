@@ -1,18 +1,21 @@
 //! Answers to what subscribers ask: from when on a stream is complete, and how transactions ended.
 
-use chrono::DateTime;
+use chrono::{DateTime, Utc};
 use event::nats::{
-    COVERAGE_SUBJECT, CoverageReply, CoverageRequest, MAX_OUTCOMES, OUTCOME_SUBJECT, OutcomeReply,
+    COVERAGE_SUBJECT, CoverageReply, CoverageRequest, MAX_OUTCOMES, Missing, OUTCOME_SUBJECT, OutcomeReply,
     OutcomeRequest,
 };
 use futures::{StreamExt, stream};
-use outbox::{Xid, outcome, retention};
+use metrics::counter;
+use outbox::republication::{Refill, refill};
+use outbox::{Xid, outcome};
 use serde_json::Value;
 use service::nats::Nats;
 use service::{Report, Shutdown};
 use sqlx::PgPool;
 
 use crate::database::{PATIENCE, within};
+use crate::metrics as names;
 
 /// Relays share the questions between them.
 const QUEUE_GROUP: &str = "relay";
@@ -57,11 +60,33 @@ async fn answer(pool: &PgPool, subject: &str, question: &[u8]) -> anyhow::Result
 
 async fn coverage(pool: &PgPool, question: CoverageRequest) -> anyhow::Result<CoverageReply> {
     let created = DateTime::from_timestamp_micros(question.stream_created_us).unwrap_or_default();
-    let coverage = within(PATIENCE, retention::coverage(pool, created)).await?;
+    let missing_is_retained = match question.missing {
+        Some(missing) => Some(refilled(pool, created, missing).await?),
+        None => None,
+    };
+    let coverage = within(PATIENCE, outbox::stream::coverage(pool, created)).await?;
     Ok(CoverageReply {
         complete_since_us: coverage.complete_since.map(|time| time.timestamp_micros()),
         retained_since_us: coverage.retained_since.timestamp_micros(),
+        republish_remaining: Some(coverage.remaining.unsigned_abs()),
+        missing_is_retained,
     })
+}
+
+/// Lets what a subscriber misses be published again; says whether it can be.
+async fn refilled(pool: &PgPool, created: DateTime<Utc>, missing: Missing) -> Result<bool, sqlx::Error> {
+    let since = DateTime::from_timestamp_micros(missing.since_us).unwrap_or_default();
+    let before_seq = i64::try_from(missing.before_seq).unwrap_or(i64::MAX);
+    let refill = within(PATIENCE, refill(pool, created, since, before_seq)).await?;
+    if let Refill::Begun { messages } = refill {
+        counter!(names::STREAM_LOSSES).increment(1);
+        tracing::warn!(
+            before_seq,
+            messages,
+            "the stream has lost messages that a subscriber has not read; publishing what is retained since {since} again"
+        );
+    }
+    Ok(refill != Refill::Impossible)
 }
 
 async fn outcomes(pool: &PgPool, question: OutcomeRequest) -> anyhow::Result<OutcomeReply> {

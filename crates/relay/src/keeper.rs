@@ -1,4 +1,4 @@
-//! Keeps the stream usable: creates it, notices when it lost something, publishes that again, and turns the retention.
+//! Keeps the stream usable: creates it, notices when it lost something, and turns the retention.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,27 +6,27 @@ use std::time::Duration;
 use async_nats::header::NATS_MESSAGE_ID;
 use async_nats::jetstream;
 use async_nats::jetstream::stream::RawMessageErrorKind;
-use chrono::{DateTime, Utc};
 use event::nats::STREAM;
-use futures::{StreamExt, TryStreamExt, stream};
 use metrics::{counter, gauge};
-use outbox::retention::{self, Lost, Newest, StreamPosition};
+use outbox::stream::{self as known, Meeting, Newest, OtherRelay, StreamPosition};
+use outbox::{republication, retention};
 use service::nats::{Link, Nats};
 use service::{Backoff, Component, Report, Shutdown};
 use sqlx::PgPool;
 use tokio::sync::{Notify, watch};
+use uuid::Uuid;
 
 use crate::Config;
 use crate::database::{PATIENCE, explain, within};
 use crate::metrics as names;
-use crate::publisher::{PublishError, publish_again};
+use crate::republisher::show_remaining;
 use crate::stream::{self as nats_stream, StreamError, Usable};
 
 /// How often the stream is looked at without a reason.
 const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Retained messages fetched at once.
-const REPUBLISH_BATCH: u16 = 64;
+/// How long it may take at the end to say so.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Pauses after a failure.
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(100);
@@ -48,6 +48,10 @@ pub struct Keeper {
     pub stream: watch::Sender<Result<Usable, String>>,
     /// Notified by a worker that could not publish.
     pub suspect: Arc<Notify>,
+    /// Notified when the stream lacks something that is retained.
+    pub lacking: Arc<Notify>,
+    /// Name of this process among the relays.
+    pub relay: Uuid,
     /// Options.
     pub config: Config,
 }
@@ -58,8 +62,11 @@ enum KeeperError {
     Stream(#[from] StreamError),
     #[error("Postgres failed")]
     Database(#[from] sqlx::Error),
-    #[error("publishing retained messages failed")]
-    Publish(#[from] PublishError),
+    #[error(
+        "a relay at {address} publishes the events of this database to a stream created at {stream_created}, and looked at it          {seen_ago:.0} s ago; this relay sees a stream created at {seen}: if that is another NATS, stop one of the two and see          that NATS_URL is the same everywhere; if the stream was created anew, the other relay will see it in a moment",
+        address = other.address, stream_created = other.stream_created, seen_ago = other.seen_ago
+    )]
+    Elsewhere { other: OtherRelay, seen: chrono::DateTime<chrono::Utc> },
 }
 
 /// What one look needs to remember for the next.
@@ -81,7 +88,7 @@ impl Keeper {
             if !link.connected {
                 self.disconnected();
             }
-            let pause = match self.look(&mut memory, link, &health).await {
+            let pause = match self.look(&mut memory, link).await {
                 Ok(()) => {
                     retry.reset();
                     health.ready();
@@ -104,6 +111,7 @@ impl Keeper {
                 () = tokio::time::sleep(pause) => {}
             }
         }
+        let _ = tokio::time::timeout(LEAVE_PATIENCE, known::leave(&self.pool, self.relay)).await;
     }
 
     async fn wait_for_connection(&self, health: &Component, shutdown: &Shutdown) {
@@ -153,26 +161,52 @@ impl Keeper {
         why
     }
 
-    async fn look(&self, memory: &mut Memory, link: Link, health: &Component) -> Result<(), KeeperError> {
+    async fn look(&self, memory: &mut Memory, link: Link) -> Result<(), KeeperError> {
         let usable = self.ensure(link).await?;
-        let created = usable.position.created;
         match self.config.retention() {
             None => within(PATIENCE, retention::keep_nothing(&self.pool)).await?,
-            Some(_) => {
-                within(PATIENCE, retention::keep(&self.pool)).await?;
-                self.find_losses(usable, memory).await?;
-                if within(PATIENCE, retention::is_incomplete(&self.pool, created)).await? {
-                    self.republish(created, health).await?;
-                }
-            }
+            Some(_) => within(PATIENCE, retention::keep(&self.pool)).await?,
+        }
+        self.meet(usable).await?;
+        if self.config.retention().is_some() {
+            self.find_losses(usable, memory).await?;
         }
         let is_known = self.stream.borrow().as_ref().is_ok_and(|known| same_stream(*known, usable));
         if !is_known {
             let _before = self.stream.send_replace(Ok(usable));
         }
         gauge!(names::CONNECTED).set(1.0);
+        self.tell_republisher().await?;
         if let Some(window) = self.config.retention() {
             self.rotate(window).await;
+        }
+        Ok(())
+    }
+
+    /// Makes the stream the one that all relays publish to. From then on what is new can be published: what was retained
+    /// before is known to be lost, whatever comes into the stream meanwhile.
+    async fn meet(&self, usable: Usable) -> Result<(), KeeperError> {
+        let created = usable.position.created;
+        match within(PATIENCE, known::meet(&self.pool, self.relay, created)).await? {
+            Meeting::Known | Meeting::First => Ok(()),
+            Meeting::Recreated { messages } => {
+                counter!(names::STREAM_LOSSES).increment(1);
+                tracing::warn!(
+                    messages,
+                    "the stream was created anew; publishing about so many retained messages to it again"
+                );
+                Ok(())
+            }
+            Meeting::Elsewhere(other) => Err(KeeperError::Elsewhere { other, seen: created }),
+        }
+    }
+
+    /// Parts may have been left by a relay that ended, or asked for by an operator or a subscriber.
+    async fn tell_republisher(&self) -> Result<(), KeeperError> {
+        let remaining = within(PATIENCE, republication::remaining(&self.pool)).await?;
+        show_remaining(remaining.unwrap_or(0));
+        if remaining.is_some() {
+            self.lacking.notify_one();
         }
         Ok(())
     }
@@ -181,12 +215,12 @@ impl Keeper {
         nats_stream::ensure(&self.nats, &self.jetstream, &self.config, link).await
     }
 
-    /// Marks what the stream has acknowledged and does not hold any more. Its end tells most of it; but it may have been
+    /// Notices that the stream does not hold any more what it has acknowledged. Its end tells most of it; but it may have been
     /// filled again by what was on its way, so after the connection was lost, and after every loss, the newest message that it
     /// should hold is looked at as well.
     async fn find_losses(&self, usable: Usable, memory: &mut Memory) -> Result<(), KeeperError> {
         let StreamPosition { created, mut last_seq } = usable.position;
-        let Some(newest) = within(PATIENCE, retention::newest(&self.pool, created, i64::MAX)).await? else {
+        let Some(newest) = within(PATIENCE, known::newest(&self.pool, i64::MAX)).await? else {
             memory.known_since = Some(usable.link);
             return Ok(());
         };
@@ -202,28 +236,20 @@ impl Keeper {
         if !is_shorter && memory.known_since == Some(usable.link) {
             return Ok(());
         }
-        let held = match within(PATIENCE, retention::newest(&self.pool, created, last_seq)).await? {
-            Some(newest) => self.holds(&newest, memory).await,
-            None => Some(true),
-        };
-        // In doubt this connection is looked at again the next time, and after a loss until that is marked.
-        let known_since = held.map(|_| usable.link);
+        let held = if is_shorter { Some(false) } else { self.holds(&newest, memory).await };
         memory.known_since = None;
         if held == Some(false) {
-            // Where it parts from what it was is not known: all of it is in doubt.
-            last_seq = 0;
-        } else if !is_shorter {
-            memory.known_since = known_since;
-            return Ok(());
+            let lost = known::lose(&self.pool, created, newest.identity);
+            if let Some(messages) = within(PATIENCE, lost).await? {
+                counter!(names::STREAM_LOSSES).increment(1);
+                tracing::warn!(
+                    messages,
+                    "the stream lacks messages it had acknowledged; publishing about so many retained messages again"
+                );
+            }
         }
-        let position = StreamPosition { created, last_seq };
-        let messages = within(PATIENCE, retention::mark_lost(&self.pool, position)).await?;
-        memory.known_since = known_since;
-        counter!(names::STREAM_LOSSES).increment(1);
-        tracing::warn!(
-            messages,
-            "the stream lacks messages it had acknowledged; publishing what is retained again"
-        );
+        // In doubt the content is looked at again the next time.
+        memory.known_since = held.map(|_| usable.link);
         Ok(())
     }
 
@@ -259,33 +285,6 @@ impl Keeper {
                 None
             }
         }
-    }
-
-    /// Publishes what the stream lacks. Other relays may do so as well, and go on publishing new events meanwhile.
-    async fn republish(&self, created: DateTime<Utc>, health: &Component) -> Result<(), KeeperError> {
-        let publish_timeout = self.config.publish_timeout;
-        let lease = publish_timeout * 2 + PATIENCE;
-        let mut messages = 0_u64;
-        while let Some(mut lost) =
-            within(PATIENCE, Lost::take(&self.pool, created, REPUBLISH_BATCH, lease)).await?
-        {
-            let publishes = std::mem::take(&mut lost.envelopes).into_iter().map(|message| {
-                let jetstream = self.jetstream.clone();
-                async move { publish_again(&jetstream, &message, publish_timeout).await }
-            });
-            let acknowledged: Vec<i64> =
-                stream::iter(publishes).buffer_unordered(usize::from(REPUBLISH_BATCH)).try_collect().await?;
-            messages += acknowledged.len() as u64;
-            counter!(names::REPUBLISHED).increment(acknowledged.len() as u64);
-            let last_seq = acknowledged.into_iter().max().unwrap_or_default();
-            within(PATIENCE, lost.settle(last_seq)).await?;
-            health.beat();
-        }
-        within(PATIENCE, retention::complete(&self.pool, created)).await?;
-        if messages > 0 {
-            tracing::warn!(messages, "published retained messages again");
-        }
-        Ok(())
     }
 
     /// Never in the way of publishing: somebody who reads what is retained, such as a backup, delays it.

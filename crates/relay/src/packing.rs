@@ -7,7 +7,7 @@ use event::{CacheKey, Change, CommittedEventRef, EnvelopeWriter, Topic};
 use outbox::Claimed;
 
 /// Past this size a batch is closed. Large messages would only delay the first key behind the last.
-const BATCH_BYTES: usize = 128 * 1024;
+pub const BATCH_BYTES: usize = 128 * 1024;
 
 /// What a message may hold.
 #[derive(Debug, Clone, Copy)]

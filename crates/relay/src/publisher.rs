@@ -62,16 +62,16 @@ impl PublishError {
 /// # Errors
 /// [`PublishError`] as soon as one message fails; others may have been published by then. Publishing them again is
 /// harmless. Cancel-safe in the same sense.
-pub async fn publish(
+pub async fn publish<M: Into<Published>>(
     jetstream: &jetstream::Context,
     nats: &Nats,
     link: Link,
-    messages: Vec<Packed>,
+    messages: Vec<M>,
     timeout: Duration,
 ) -> Result<Vec<Published>, PublishError> {
     let lost = nats.lost_since(link);
     let all = stream::iter(messages)
-        .map(|message| publish_one(jetstream, message, timeout))
+        .map(|message| publish_one(jetstream, message.into(), timeout))
         .buffer_unordered(IN_FLIGHT)
         .try_collect();
     tokio::select! {
@@ -84,20 +84,25 @@ pub async fn publish(
 
 async fn publish_one(
     jetstream: &jetstream::Context,
-    message: Packed,
+    message: Published,
     timeout: Duration,
 ) -> Result<Published, PublishError> {
-    let published = Published {
-        subject: subject(&message.topic),
-        message_id: message.message_id,
-        traceparent: message.traceparent,
-        events: i32::try_from(message.rows).unwrap_or(i32::MAX),
-        body: message.body,
-        stream_seq: 0,
-    };
-    let span = span(&published);
-    let stream_seq = publish_again(jetstream, &published, timeout).instrument(span).await?;
-    Ok(Published { stream_seq, ..published })
+    let span = span(&message);
+    let stream_seq = acknowledged(jetstream, &message, timeout).instrument(span).await?;
+    Ok(Published { stream_seq, ..message })
+}
+
+impl From<Packed> for Published {
+    fn from(message: Packed) -> Self {
+        Self {
+            subject: subject(&message.topic),
+            message_id: message.message_id,
+            traceparent: message.traceparent,
+            events: i32::try_from(message.rows).unwrap_or(i32::MAX),
+            body: message.body,
+            stream_seq: 0,
+        }
+    }
 }
 
 /// The part of the writer's trace that happens here, if the message has one.
@@ -108,11 +113,8 @@ fn span(published: &Published) -> Span {
     span
 }
 
-/// Publishes a message as it stands and returns the sequence the stream gave it.
-///
-/// # Errors
-/// [`PublishError`].
-pub async fn publish_again(
+/// Publishes a message and returns the sequence the stream gave it.
+async fn acknowledged(
     jetstream: &jetstream::Context,
     published: &Published,
     timeout: Duration,

@@ -8,18 +8,20 @@ use service::nats::{Nats, NatsError};
 use service::{Health, HttpServer, Limits, Metrics, Patience, Report, Shutdown, UsageError, drain};
 use tokio::sync::{Notify, watch};
 use tokio_util::task::TaskTracker;
+use uuid::Uuid;
 use wal::session::Settings;
 
 use crate::capture::{self, Capture};
 use crate::config::Source;
 use crate::database::{Access, DatabaseError, Servers};
 use crate::keeper::Keeper;
+use crate::republisher::Republisher;
 use crate::stream::StreamError;
 use crate::worker::{self, Shared};
 use crate::{Config, answers, database, gauges, stream};
 
-/// Connections besides those of the workers: keeper, gauges, answers.
-const EXTRA_CONNECTIONS: u32 = 2;
+/// Connections besides those of the workers: keeper, republisher, gauges and answers.
+const EXTRA_CONNECTIONS: u32 = 3;
 
 /// Connections of the reader of the log: gate, settling, monitor.
 const CAPTURE_CONNECTIONS: u32 = 3;
@@ -54,13 +56,15 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     let limits = Limits { stall_after: Some(STALL_AFTER), dead_after: Some(DEAD_AFTER) };
 
     let (stream_sender, stream_receiver) = watch::channel(Err("the stream was not looked at yet".to_owned()));
-    let suspect = Arc::new(Notify::new());
+    let (suspect, lacking) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
     let keeper = Keeper {
         pool: pool.clone(),
         nats: nats.clone(),
         jetstream: jetstream.clone(),
         stream: stream_sender,
         suspect: Arc::clone(&suspect),
+        lacking: Arc::clone(&lacking),
+        relay: Uuid::now_v7(),
         config: config.clone(),
     };
     let shared = Arc::new(Shared {
@@ -74,6 +78,8 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     });
     let tasks = TaskTracker::new();
     tasks.spawn(keeper.run(health.component("stream", limits), shutdown.clone()));
+    let republisher = Republisher { shared: Arc::clone(&shared), lacking };
+    tasks.spawn(republisher.run(health.component("republish", limits), shutdown.clone()));
     if config.capture.has(Source::Outbox) {
         tasks.spawn(worker::poll(Arc::clone(&shared), health.component("poll", limits), shutdown.clone()));
         for helper in 1..config.workers {

@@ -8,7 +8,7 @@ use async_nats::jetstream::stream::{
 use async_nats::jetstream::{self, ErrorCode};
 use chrono::{DateTime, Utc};
 use event::nats::{STREAM, SUBJECTS};
-use outbox::retention::StreamPosition;
+use outbox::stream::StreamPosition;
 use service::nats::{JetStreamError, Link, Nats};
 
 use crate::Config;

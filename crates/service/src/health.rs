@@ -55,6 +55,8 @@ struct Record {
 enum Declared {
     Starting,
     Ready,
+    /// Ready, and what it does besides.
+    Busy(String),
     NotReady(String),
 }
 
@@ -124,6 +126,11 @@ impl Component {
         self.declare(Declared::Ready);
     }
 
+    /// Declares that the component does its job, and what it is busy with, for people. Counts as progress.
+    pub fn ready_with(&self, note: impl Into<String>) {
+        self.declare(Declared::Busy(note.into()));
+    }
+
     /// Declares that the component cannot do its job, and why, for people. Counts as progress.
     pub fn not_ready(&self, reason: impl Into<String>) {
         self.declare(Declared::NotReady(reason.into()));
@@ -161,10 +168,11 @@ impl Record {
         let (state, reason) = match &*locked(&self.declared) {
             Declared::Starting => (State::Starting, Some("starting".to_owned())),
             Declared::NotReady(reason) => (State::NotReady, Some(reason.clone())),
-            Declared::Ready if over(self.limits.stall_after) => {
+            Declared::Ready | Declared::Busy(_) if over(self.limits.stall_after) => {
                 (State::Stalled, Some(format!("no progress for {} s", silent.as_secs())))
             }
             Declared::Ready => (State::Ready, None),
+            Declared::Busy(note) => (State::Ready, Some(note.clone())),
         };
         ComponentSnapshot { name: self.name, state, reason, silent, live: !over(self.limits.dead_after) }
     }

@@ -18,6 +18,7 @@ mod primary;
 mod readme;
 mod redis_faults;
 mod replays;
+mod republication;
 mod resolver;
 mod roles;
 mod schema;

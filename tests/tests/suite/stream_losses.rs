@@ -3,8 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use devstack::{Nats, Postgres, PostgresOptions, eventually};
-use outbox::retention::{self, Lost, StreamPosition};
+use devstack::{Nats, eventually};
 use tests::{Pair, PairOptions, SETTLED};
 
 /// A pair of which each part knows the stream: one event has come through and is recorded everywhere.
@@ -123,45 +122,6 @@ async fn events_lost_beyond_the_retention_flush_just_the_keys_that_were_named() 
     assert!(pair.subscriber.metric("subscriber_gaps_total").await.unwrap() >= 1.0);
 }
 
-/// The relay is killed between two batches of what it publishes again: the stream is longer by then than it was.
-#[tokio::test(flavor = "multi_thread")]
-async fn what_the_stream_lost_stays_lost_until_it_is_published_again() {
-    let postgres = Postgres::start_alone(PostgresOptions::default()).await.unwrap();
-    let pool = sqlx::PgPool::connect(&postgres.url()).await.unwrap();
-    outbox::migrate(&pool).await.unwrap();
-    sqlx::raw_sql(
-        "insert into outbox.published (half, stream_created, stream_seq, subject, message_id, events, body)
-         select 0, 'epoch', n, 'invalidation.default', n::text, 1, '' from generate_series(101, 150) n",
-    )
-    .execute(&pool)
-    .await
-    .unwrap();
-    let created = chrono::DateTime::UNIX_EPOCH;
-    retention::complete(&pool, created).await.unwrap();
-    assert!(!retention::is_incomplete(&pool, created).await.unwrap());
-    let newest = retention::newest(&pool, created, i64::MAX).await.unwrap().unwrap();
-    assert_eq!((newest.stream_seq, newest.message_ids), (150, vec!["150".to_owned()]));
-
-    let lease = Duration::from_secs(10);
-    let back = StreamPosition { created, last_seq: 100 };
-    assert_eq!(retention::mark_lost(&pool, back).await.unwrap(), 50);
-    let first = Lost::take(&pool, created, 10, lease).await.unwrap().unwrap();
-    assert_eq!(first.envelopes[0].message_id, "101");
-    let second = Lost::take(&pool, created, 10, lease).await.unwrap().unwrap();
-    assert_eq!(second.envelopes[0].message_id, "111", "another relay takes others");
-    first.settle(110).await.unwrap();
-    // The second never gets there. Others publish meanwhile, so that the stream ends past everything it had.
-    drop(second);
-    assert!(retention::is_incomplete(&pool, created).await.unwrap());
-    let mut again = 0;
-    while let Some(lost) = Lost::take(&pool, created, 25, lease).await.unwrap() {
-        again += lost.envelopes.len();
-        lost.settle(200).await.unwrap();
-    }
-    assert_eq!(again, 40);
-    assert!(!retention::is_incomplete(&pool, created).await.unwrap());
-}
-
 /// What was on its way when NATS came back with old data fills the stream again, past what it had lost.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_was_filled_again_after_a_loss_is_given_what_it_lacks() {
@@ -179,10 +139,10 @@ async fn a_stream_that_was_filled_again_in_part_is_given_what_it_lacks() {
 async fn a_loss_that_could_not_be_marked_is_found_again() {
     let pair = lose_and_fill_again(50).await;
     let mut lock = pair.pool.begin().await.unwrap();
-    sqlx::raw_sql("lock table outbox.published in exclusive mode").execute(&mut *lock).await.unwrap();
+    sqlx::raw_sql("lock table outbox.republications in exclusive mode").execute(&mut *lock).await.unwrap();
     pair.relay.process().start().unwrap();
     let ended = "select pg_terminate_backend(pid) from pg_stat_activity
-        where wait_event_type = 'Lock' and query like 'update outbox.published set stream_created%'";
+        where wait_event_type = 'Lock' and query like 'delete from outbox.republications%'";
     eventually(SETTLED, async || !pair.stack.postgres.query(ended).await.unwrap().is_empty()).await;
     lock.rollback().await.unwrap();
     pair.subscriber.process().start().unwrap();
@@ -221,7 +181,7 @@ async fn a_relay_that_retains_nothing_vouches_for_nothing() {
     let relay = vec![("RELAY_RETENTION", "0s".to_owned())];
     let pair = acquainted(PairOptions { relay, ..Default::default() }).await;
     let now = chrono::Utc::now();
-    let promised = async || retention::coverage(&pair.pool, now).await.unwrap().retained_since;
+    let promised = async || outbox::stream::coverage(&pair.pool, now).await.unwrap().retained_since;
     eventually(SETTLED, async || promised().await > now).await;
     // Retaining again promises what comes from now on, and keeps it past the next turn.
     let relay = pair.another_relay(&[("RELAY_RETENTION", "1s".to_owned())]).unwrap();

@@ -8,6 +8,7 @@ use std::time::Duration;
 use async_nats::jetstream::{self, consumer::PullConsumer, stream::Config, stream::Stream};
 use devstack::{Nats, Redis, StackDirectory, eventually};
 use event::{CacheKey, Change, CommittedEvent, Envelope, EventId};
+use futures::StreamExt;
 use subscriber::broker;
 use subscriber::position::Seen;
 use tests::{Daemon, SETTLED, program};
@@ -186,7 +187,8 @@ async fn a_topic_reaches_to_its_next_message_and_no_further_and_nowhere_if_some_
 async fn message_of_the_own_topic_that_expired_unread_is_a_gap_although_nothing_of_it_is_pending() {
     let scene = Scene::new().await;
     let stream = scene.create_stream(SHORT).await;
-    let subscriber = scene.subscriber(&quiet());
+    let subscriber =
+        scene.subscriber(&[quiet().as_slice(), &[("SUBSCRIBER_GAP_GRACE", "1s".to_owned())]].concat());
     scene.fill("own:1").await;
     scene.publish("quiet", "own:1").await;
     scene.until_gone("own:1").await;
@@ -206,7 +208,7 @@ async fn message_of_the_own_topic_that_expired_unread_is_a_gap_although_nothing_
 async fn halted_subscriber_stays_says_why_and_goes_on_when_the_gap_is_accepted() {
     let scene = Scene::new().await;
     let stream = scene.create_stream(SHORT).await;
-    let subscriber = scene.subscriber(&[]);
+    let subscriber = scene.subscriber(&[("SUBSCRIBER_GAP_GRACE", "1s".to_owned())]);
     scene.fill("before").await;
     scene.publish("default", "before").await;
     scene.until_gone("before").await;
@@ -286,4 +288,46 @@ async fn gap_of_a_stream_that_came_back_shorter_can_be_accepted() {
     assert!(scene.ask(&["accept-gap"], &[]).await.contains("accepted"));
     scene.until_gone("next").await;
     subscriber.until_ready().await;
+}
+
+/// A stream that was created anew, and somebody who answers for the relays: for a while that the stream was not examined,
+/// which is an answer, and then that it is whole.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_the_stream_was_not_examined_yet_is_waited_for_however_long_it_takes() {
+    let scene = Scene::new().await;
+    scene.create_stream(Duration::from_secs(600)).await;
+    let subscriber = scene.subscriber(&[("SUBSCRIBER_GAP_GRACE", "1s".to_owned())]);
+    scene.fill("before").await;
+    scene.publish("default", "before").await;
+    scene.until_gone("before").await;
+    scene.until_recorded(1).await;
+    let client = async_nats::connect(scene.nats.url()).await.unwrap();
+    let mut questions = client.subscribe("invalidation-relay.coverage").await.unwrap();
+    client.flush().await.unwrap();
+    scene.jetstream.delete_stream("INVALIDATIONS").await.unwrap();
+    scene.create_stream(Duration::from_secs(600)).await;
+
+    let began = std::time::Instant::now();
+    let mut asked = 0;
+    while asked < 5 || began.elapsed() < Duration::from_secs(6) {
+        let question = questions.next().await.unwrap();
+        asked += 1;
+        let not_yet =
+            r#"{"complete_since_us":null,"retained_since_us":0,"republish_remaining":1000,"later":1}"#;
+        client.publish(question.reply.unwrap(), not_yet.into()).await.unwrap();
+    }
+    let reason = subscriber.until_not_ready_because("not examined the stream yet").await;
+    assert!(reason.contains("created anew"), "{reason}");
+    assert!(
+        subscriber.metric("subscriber_gaps_total").await.unwrap() < 1.0,
+        "{}",
+        subscriber.process().log()
+    );
+    let question = questions.next().await.unwrap();
+    let whole = r#"{"complete_since_us":0,"retained_since_us":0,"republish_remaining":1000}"#;
+    client.publish(question.reply.unwrap(), whole.into()).await.unwrap();
+    subscriber.until_ready().await;
+    scene.fill("after").await;
+    scene.publish("default", "after").await;
+    scene.until_gone("after").await;
 }

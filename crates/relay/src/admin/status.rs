@@ -1,5 +1,5 @@
 use chrono::Utc;
-use outbox::{backlog, dead_letters};
+use outbox::{backlog, dead_letters, republication};
 use service::Report;
 use sqlx::PgPool;
 
@@ -24,6 +24,9 @@ pub(super) async fn print(pool: &PgPool, config: &Config) -> anyhow::Result<()> 
     );
     if let Some(last) = rate.last_published_at {
         println!("last publish  {:.1} s ago", seconds(Utc::now() - last));
+    }
+    if let Some(remaining) = republication::remaining(pool).await? {
+        println!("republishing  about {remaining} retained messages are still to be published again");
     }
     println!("dead letters  {}", dead_letters::count(pool).await?);
     let slot = wal::slot::find(pool, &config.capture.slot).await?;

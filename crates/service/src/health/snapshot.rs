@@ -20,7 +20,7 @@ pub struct ComponentSnapshot {
     pub name: &'static str,
     /// What it declared, or that it has stalled.
     pub state: State,
-    /// Why it is not ready, for people; `None` when it is ready.
+    /// Why it is not ready, or what it is busy with, for people.
     pub reason: Option<String>,
     /// Time since its last sign of progress; zero while it is idle.
     pub silent: Duration,

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use event::nats::{COVERAGE_SUBJECT, CoverageReply, CoverageRequest};
+use event::nats::{COVERAGE_SUBJECT, CoverageReply, CoverageRequest, Missing};
 use metrics::{counter, gauge};
 use service::Component;
 use tokio::time::Instant;
@@ -102,20 +102,20 @@ impl Supervisor {
             Continuity::Recreated => "the stream was created anew".to_owned(),
             Continuity::Truncated | Continuity::Whole => "NATS came back with old data".to_owned(),
         };
-        let covered = match continuity {
-            Continuity::Expired { .. } => Some(false),
-            _ => self.is_covered(continuity, position, seen).await,
-        };
-        match covered {
-            Some(true) => {
-                tracing::warn!(
-                    what,
-                    "the stream is not the one this cache knew; relays publish again what it lacks"
-                );
+        match self.ask_relay(continuity, position, seen).await {
+            Answer::Covered { remaining } => {
+                tracing::warn!(what, remaining, "relays publish again what this cache has missed");
                 Ok(())
             }
-            Some(false) => self.apply_gap_policy(memory, what, health).await,
-            None => {
+            Answer::Lost => self.apply_gap_policy(memory, what, health).await,
+            // Only silence ends the patience: who answers is about to look.
+            Answer::NotYet => {
+                memory.doubt = None;
+                Err(LookError::Doubt(format!(
+                    "{what}; a relay answers that it has not examined the stream yet"
+                )))
+            }
+            Answer::Silence => {
                 let since = *memory.doubt.get_or_insert_with(Instant::now);
                 if since.elapsed() < self.config.gap_grace {
                     return Err(LookError::Doubt(what));
@@ -166,18 +166,52 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Whether a relay vouches for everything this cache has not applied. `None` if no relay can say yet.
-    async fn is_covered(&self, continuity: Continuity, position: &Position, seen: Seen) -> Option<bool> {
-        let question = CoverageRequest { stream_created_us: seen.stream_created_us };
+    /// Asks a relay about what this cache has not applied. Of a stream that lost messages it publishes again what it retains.
+    async fn ask_relay(&self, continuity: Continuity, position: &Position, seen: Seen) -> Answer {
+        let since_us = position.acked_until_us.saturating_sub(CLOCK_MARGIN_US);
+        let missing = matches!(continuity, Continuity::Expired { .. })
+            .then_some(Missing { since_us, before_seq: seen.first_seq });
+        let question = CoverageRequest { stream_created_us: seen.stream_created_us, missing };
         let body = serde_json::to_vec(&question).expect("plain data always serializes");
         let asked = self.nats.client.request(COVERAGE_SUBJECT, body.into());
-        let answer = tokio::time::timeout(QUESTION_TIMEOUT, asked).await.ok()?.ok()?;
-        let reply: CoverageReply = serde_json::from_slice(&answer.payload).ok()?;
-        let since = match continuity {
-            Continuity::Recreated => reply.complete_since_us?,
-            _ => reply.retained_since_us,
+        match tokio::time::timeout(QUESTION_TIMEOUT, asked).await {
+            Ok(Ok(answer)) => serde_json::from_slice(&answer.payload)
+                .map_or(Answer::Silence, |reply| Answer::read(continuity, &reply, since_us)),
+            _ => Answer::Silence,
+        }
+    }
+}
+
+/// What a relay says of messages that this cache has not applied and the stream does not hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    /// They were published to the stream again, or will be.
+    Covered {
+        /// About how many messages are still to come.
+        remaining: u64,
+    },
+    /// They are gone.
+    Lost,
+    /// It cannot say yet.
+    NotYet,
+    /// No relay answers.
+    Silence,
+}
+
+impl Answer {
+    /// Reads a reply about messages published since `since_us`.
+    fn read(continuity: Continuity, reply: &CoverageReply, since_us: i64) -> Self {
+        let is_covered = match continuity {
+            // A relay that does not know the question answers nothing to it.
+            Continuity::Expired { .. } => reply.missing_is_retained.unwrap_or(false),
+            Continuity::Recreated => match reply.complete_since_us {
+                Some(complete_since_us) => complete_since_us <= since_us,
+                None => return Self::NotYet,
+            },
+            Continuity::Truncated | Continuity::Whole => reply.retained_since_us <= since_us,
         };
-        Some(since <= position.acked_until_us.saturating_sub(CLOCK_MARGIN_US))
+        let remaining = reply.republish_remaining.unwrap_or(0);
+        if is_covered { Self::Covered { remaining } } else { Self::Lost }
     }
 }
 
@@ -191,4 +225,40 @@ fn halt(memory: &mut Memory, what: String) -> Halt {
     gauge!(names::HALTED).set(1.0);
     memory.position = None;
     halt
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_is_read_by_what_happened() {
+        let reply = CoverageReply {
+            complete_since_us: Some(50),
+            retained_since_us: 70,
+            republish_remaining: Some(9),
+            missing_is_retained: None,
+        };
+        let expired = Continuity::Expired { messages: 1 };
+        let covered = Answer::Covered { remaining: 9 };
+        let unknown = CoverageReply { complete_since_us: None, ..reply };
+        let refilled = CoverageReply { missing_is_retained: Some(true), ..reply };
+        let cases = [
+            (Continuity::Recreated, &reply, 50, covered),
+            (Continuity::Recreated, &reply, 49, Answer::Lost),
+            (Continuity::Recreated, &unknown, 90, Answer::NotYet),
+            (Continuity::Truncated, &reply, 70, covered),
+            (Continuity::Truncated, &reply, 69, Answer::Lost),
+            (Continuity::Truncated, &unknown, 70, covered),
+            (expired, &reply, 90, Answer::Lost),
+            (expired, &refilled, 10, covered),
+        ];
+        for (continuity, reply, since_us, expected) in cases {
+            assert_eq!(
+                Answer::read(continuity, reply, since_us),
+                expected,
+                "{continuity:?} {reply:?} {since_us}"
+            );
+        }
+    }
 }
