@@ -15,7 +15,7 @@ pub use cache::{Cache, CacheConfig, Loaded, Options};
 pub use codec::{Codec, CodecError, Json, Raw};
 pub use error::RedisError;
 pub use redis::{
-    Acquired, Applied, EvictionPolicy, Fill, LeaseId, LeaseToken, MAX_STALE, Masters, Redis, RedisConfig,
-    RedisTls,
+    Acquired, Applied, EvictionPolicy, Fill, Instance, LeaseId, LeaseToken, MAX_STALE, Masters, Redis,
+    RedisConfig, RedisTls,
 };
 pub use work::Work;

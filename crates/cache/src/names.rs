@@ -124,6 +124,11 @@ pub(crate) fn position(durable: &str) -> String {
     format!("\u{1f}position:{durable}")
 }
 
+/// Id under which a subscriber's durable consumer knows this cache. No durable's name contains a colon.
+pub(crate) fn identity(durable: &str) -> String {
+    format!("\u{1f}position:{durable}:cache")
+}
+
 /// Whether a name found by a scan is a user's.
 pub(crate) fn is_value(name: &[u8]) -> bool {
     name.first() != Some(&OURS)

@@ -4,6 +4,7 @@ mod address;
 mod apply;
 mod batch;
 mod config;
+mod emptiness;
 mod flush;
 mod lanes;
 mod layout;
@@ -26,7 +27,7 @@ pub use apply::Applied;
 pub use config::{RedisConfig, RedisTls};
 pub use lease::{Acquired, Fill, LeaseId, LeaseToken, MAX_STALE};
 pub(crate) use moving::SlotIsMoving;
-pub use server::{EvictionPolicy, Masters};
+pub use server::{EvictionPolicy, Instance, Masters};
 pub(crate) use values::Found;
 
 use crate::RedisError;

@@ -12,7 +12,8 @@ use event::nats::STREAM;
 use service::nats::Nats;
 use service::{Report, parse_duration};
 
-use crate::broker::BrokerError;
+use crate::broker::{BrokerError, Look};
+use crate::durable::Info;
 use crate::position::Position;
 use crate::replay::Replay;
 use crate::{Config, broker, debezium, durable};
@@ -62,7 +63,7 @@ pub async fn execute(command: Command, config: &Config) -> anyhow::Result<()> {
     let stream = stream?;
     match command {
         Command::Run | Command::Health => unreachable!("handled before"),
-        Command::Status => status(&redis, stream, config).await,
+        Command::Status => status(&redis, &jetstream, stream, config).await,
         Command::Replay { since } => {
             let replay = Replay {
                 stream: &stream,
@@ -99,20 +100,26 @@ async fn debezium_status(jetstream: &Context, config: &Config) -> anyhow::Result
     Ok(())
 }
 
-async fn status(redis: &Redis, mut stream: Stream, config: &Config) -> anyhow::Result<()> {
+async fn status(
+    redis: &Redis,
+    jetstream: &Context,
+    mut stream: Stream,
+    config: &Config,
+) -> anyhow::Result<()> {
     let durable = &config.durable;
-    let Ok(mut consumer) = stream.get_consumer(durable).await else {
+    if durable::find(jetstream, durable).await.map_err(|error| anyhow::anyhow!(error))?.is_none() {
         println!("durable       {durable} does not exist yet; start a subscriber, which creates it");
         return Ok(());
-    };
-    let (seen, pending) =
-        broker::look(&mut stream, &mut consumer).await.map_err(|error| anyhow::anyhow!(error))?;
+    }
+    let look = broker::look(jetstream, &mut stream, durable).await;
+    let Look { seen, pending, consumer, .. } = look.map_err(|error| anyhow::anyhow!(error))?;
     let record = redis.load_position(durable).await;
     println!("stream        {STREAM}, sequences {} to {}", seen.first_seq, seen.last_seq);
     println!(
         "durable       {durable}, delivered up to {}, acknowledged up to {}",
         pending.delivered, seen.ack_floor
     );
+    show_owner(redis, &consumer, config).await;
     println!(
         "pending       {} messages not delivered, {} not acknowledged",
         pending.messages, pending.unacknowledged
@@ -141,6 +148,26 @@ async fn status(redis: &Redis, mut stream: Stream, config: &Config) -> anyhow::R
         (Err(error), None) => println!("redis         not reachable: {}", Report::of(&error)),
     }
     Ok(())
+}
+
+/// The cache that the durable belongs to, and what keeps it from being what it should be.
+async fn show_owner(redis: &Redis, consumer: &Info, config: &Config) {
+    if let Some(claim) = consumer.claim() {
+        let own = redis.load_identity(&config.durable).await;
+        let whose = match own {
+            Ok(Some(id)) if id == claim.cache => "this cache",
+            Ok(_) => "ANOTHER cache",
+            Err(_) => "a cache",
+        };
+        println!("owner         {whose}, {} (id {})", claim.redis, claim.cache);
+    }
+    if let Some(until) = &consumer.paused_until {
+        println!("PAUSED        until {until}; resume it: nats consumer resume {STREAM} {}", config.durable);
+    }
+    let differences = consumer.differences(config);
+    if !differences.is_empty() {
+        println!("options       {differences}");
+    }
 }
 
 fn applied_until(position: &Position, last_seq: u64) -> String {
@@ -176,6 +203,7 @@ async fn accept_gap(redis: &Redis, stream: &Stream, config: &Config) -> anyhow::
         stream_created_us: info.created.timestamp_micros(),
         acked_seq: info.state.first_sequence.saturating_sub(1).min(info.state.last_sequence),
         accepted_us: Utc::now().timestamp_micros(),
+        holes_until: info.state.last_sequence,
         ..position
     };
     redis.store_position(&config.durable, &serde_json::to_vec(&accepted)?).await?;

@@ -2,13 +2,17 @@
 
 use std::time::Duration;
 
-use async_nats::jetstream::consumer::PullConsumer;
 use async_nats::jetstream::context::GetStreamErrorKind;
-use async_nats::jetstream::stream::{Config as StreamConfig, DiscardPolicy, RawMessageErrorKind, Stream};
+use async_nats::jetstream::response::Response;
+use async_nats::jetstream::stream::{
+    Config as StreamConfig, DiscardPolicy, Info as StreamInfo, RawMessageErrorKind, Stream,
+};
 use async_nats::jetstream::{self, ErrorCode};
 use event::nats::{DEAD_SUBJECTS, STREAM};
+use serde_json::json;
 use service::nats::{JetStreamError, Nats};
 
+use crate::durable;
 use crate::position::Seen;
 
 /// Stream of messages that could not be decoded.
@@ -16,9 +20,6 @@ pub const DEAD_STREAM: &str = "INVALIDATIONS_DEAD";
 
 /// How long dead letters are kept for somebody to look at.
 const DEAD_MAX_AGE: Duration = Duration::from_hours(30 * 24);
-
-/// Most bytes of dead letters: a producer of garbage must not fill the disk of the broker.
-const DEAD_MAX_BYTES: i64 = 256 * 1024 * 1024;
 
 /// How long JetStream may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -33,8 +34,19 @@ pub enum BrokerError {
     #[error("cannot look at stream {STREAM}")]
     Look(#[source] JetStreamError),
     /// The stream of dead letters cannot be created.
-    #[error("cannot create stream {DEAD_STREAM} for up to {} MB of dead letters", DEAD_MAX_BYTES / 1_000_000)]
-    DeadStream(#[source] JetStreamError),
+    #[error(
+        "cannot create stream {DEAD_STREAM} for up to {max_bytes} bytes of dead letters on {replicas} servers; \
+         SUBSCRIBER_DEAD_MAX_BYTES is the number of bytes that JetStream reserves for it"
+    )]
+    DeadStream {
+        /// Its size limit.
+        max_bytes: i64,
+        /// How many servers.
+        replicas: usize,
+        /// What JetStream said.
+        #[source]
+        source: async_nats::Error,
+    },
     /// The consumer could not be created.
     #[error("cannot create durable consumer {durable}")]
     Consumer {
@@ -46,13 +58,34 @@ pub enum BrokerError {
     },
     /// A consumer of that name does something else.
     #[error(
-        "durable consumer {durable} exists with other options: {difference}; delete it or choose another SUBSCRIBER_DURABLE"
+        "durable consumer {durable} has options with which invalidations are missed, and they cannot be changed: \
+         {difference}; delete it (nats consumer rm {STREAM} {durable}) or choose another SUBSCRIBER_DURABLE"
     )]
     Mismatch {
         /// Its name.
         durable: String,
         /// What differs.
         difference: String,
+        /// Why it cannot be changed, if NATS says so.
+        #[source]
+        source: Option<async_nats::Error>,
+    },
+    /// Somebody has paused it.
+    #[error(
+        "durable consumer {durable} is paused until {until}, so nothing is invalidated; resume it: \
+         nats consumer resume {STREAM} {durable}"
+    )]
+    Paused {
+        /// Its name.
+        durable: String,
+        /// Time until which it is paused.
+        until: String,
+    },
+    /// Somebody has deleted it.
+    #[error("durable consumer {durable} is gone; it is created again")]
+    Gone {
+        /// Its name.
+        durable: String,
     },
 }
 
@@ -62,8 +95,8 @@ impl BrokerError {
     pub fn may_pass(&self) -> bool {
         match self {
             Self::NoStream => true,
-            Self::Look(error) | Self::DeadStream(error) => error.may_pass(),
-            Self::Consumer { .. } | Self::Mismatch { .. } => false,
+            Self::Look(error) => error.may_pass(),
+            _ => false,
         }
     }
 }
@@ -87,37 +120,69 @@ pub async fn stream(nats: &Nats, jetstream: &jetstream::Context) -> Result<Strea
     })
 }
 
-/// Makes sure there is a stream that keeps dead letters.
+/// Creates the stream that keeps dead letters, on as many servers as the stream of events, unless it is there. Returns true
+/// if it was created.
 ///
 /// # Errors
 /// [`BrokerError`].
-pub async fn ensure_dead_stream(nats: &Nats, jetstream: &jetstream::Context) -> Result<(), BrokerError> {
+pub async fn ensure_dead_stream(
+    jetstream: &jetstream::Context,
+    max_bytes: i64,
+) -> Result<bool, async_nats::Error> {
+    if find_stream(jetstream, DEAD_STREAM).await?.is_some() {
+        return Ok(false);
+    }
+    // Debezium's change events may come without a relay.
+    let events = find_stream(jetstream, STREAM).await?;
+    let num_replicas = events.map_or(1, |stream| stream.cached_info().config.num_replicas);
     let wanted = StreamConfig {
         name: DEAD_STREAM.to_owned(),
         description: Some("Messages of INVALIDATIONS that could not be decoded".to_owned()),
         subjects: vec![DEAD_SUBJECTS.to_owned()],
         discard: DiscardPolicy::Old,
         max_age: DEAD_MAX_AGE,
-        max_bytes: DEAD_MAX_BYTES,
+        max_bytes,
+        num_replicas,
         ..Default::default()
     };
     match jetstream.get_or_create_stream(wanted).await {
-        Ok(_) => Ok(()),
-        Err(error) => Err(BrokerError::DeadStream(nats.judge(error))),
+        Ok(_) => Ok(true),
+        Err(error) => {
+            Err(BrokerError::DeadStream { max_bytes, replicas: num_replicas, source: error.into() }.into())
+        }
+    }
+}
+
+async fn find_stream(
+    jetstream: &jetstream::Context,
+    name: &str,
+) -> Result<Option<Stream>, async_nats::Error> {
+    match jetstream.get_stream(name).await {
+        Ok(stream) => Ok(Some(stream)),
+        Err(error) => match error.kind() {
+            GetStreamErrorKind::JetStream(reason) if reason.error_code() == ErrorCode::STREAM_NOT_FOUND => {
+                Ok(None)
+            }
+            _ => Err(error.into()),
+        },
     }
 }
 
 /// The stream and the consumer as they are now.
 ///
 /// # Errors
-/// Whatever JetStream says, for example that the consumer is gone.
+/// Whatever JetStream says; [`BrokerError::Gone`] if there is no consumer.
 pub async fn look(
+    jetstream: &jetstream::Context,
     stream: &mut Stream,
-    consumer: &mut PullConsumer,
-) -> Result<(Seen, Pending), async_nats::Error> {
+    durable: &str,
+) -> Result<Look, async_nats::Error> {
     // In this order nothing that expires between the two is taken for acknowledged, nor anything that is published and
     // acknowledged for lost.
-    let state = consumer.info().await?.clone();
+    let Some(consumer) = durable::find(jetstream, durable).await? else {
+        return Err(BrokerError::Gone { durable: durable.to_owned() }.into());
+    };
+    let state = &consumer.consumer;
     let info = stream.info().await?;
     let seen = Seen {
         stream_created_us: info.created.timestamp_micros(),
@@ -125,14 +190,39 @@ pub async fn look(
         last_seq: info.state.last_sequence,
         ack_floor: state.ack_floor.stream_sequence,
         is_refilled: false,
+        holes: 0,
+        is_unrecorded: false,
     };
-    let pending = Pending {
-        messages: state.num_pending,
-        unacknowledged: state.num_ack_pending as u64,
-        redelivered: state.num_redelivered as u64,
-        delivered: state.delivered.stream_sequence,
-    };
-    Ok((seen, pending))
+    let deleted = info.state.deleted_count.unwrap_or_default();
+    Ok(Look { seen, pending: Pending::of(&consumer), consumer, deleted })
+}
+
+/// What one look at the stream and the consumer brings.
+#[derive(Debug, Clone)]
+pub struct Look {
+    /// What is judged.
+    pub seen: Seen,
+    /// What the consumer has before it.
+    pub pending: Pending,
+    /// The consumer.
+    pub consumer: durable::Info,
+    /// Messages deleted from the middle of the stream, applied or not.
+    pub deleted: u64,
+}
+
+/// Counts the messages behind `applied` that were deleted from the middle of the stream.
+///
+/// # Errors
+/// Whatever JetStream says.
+pub async fn deleted_after(jetstream: &jetstream::Context, applied: u64) -> Result<u64, async_nats::Error> {
+    let (subject, request) = (format!("STREAM.INFO.{STREAM}"), json!({ "deleted_details": true }));
+    match jetstream.request::<_, _, Response<StreamInfo>>(subject, &request).await? {
+        Response::Ok(info) => {
+            let deleted = info.state.deleted.unwrap_or_default();
+            Ok(deleted.iter().filter(|sequence| **sequence > applied).count() as u64)
+        }
+        Response::Err { error } => Err(error.into()),
+    }
 }
 
 /// Whether the message at `acked_seq` is another one than that which was published at `acked_until_us`: the stream ended before
@@ -148,9 +238,21 @@ pub async fn is_refilled(
     if acked_seq == 0 || acked_until_us == 0 {
         return Ok(false);
     }
-    match stream.get_raw_message(acked_seq).await {
-        Ok(message) => Ok(message.time.timestamp_micros() != acked_until_us),
-        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(false),
+    let now = published_at(stream, acked_seq).await?;
+    Ok(now.is_some_and(|published_us| published_us != acked_until_us))
+}
+
+/// When the message `sequence` was published, in microseconds since the Unix epoch; `None` if it is gone.
+///
+/// # Errors
+/// Whatever JetStream says.
+pub async fn published_at(stream: &Stream, sequence: u64) -> Result<Option<i64>, async_nats::Error> {
+    if sequence == 0 {
+        return Ok(None);
+    }
+    match stream.get_raw_message(sequence).await {
+        Ok(message) => Ok(Some(message.time.timestamp_micros())),
+        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(None),
         Err(error) => Err(error.into()),
     }
 }
@@ -195,4 +297,18 @@ pub struct Pending {
     pub redelivered: u64,
     /// Last sequence delivered.
     pub delivered: u64,
+}
+
+impl Pending {
+    /// Of this consumer.
+    #[must_use]
+    pub fn of(info: &durable::Info) -> Self {
+        let state = &info.consumer;
+        Self {
+            messages: state.num_pending,
+            unacknowledged: state.num_ack_pending as u64,
+            redelivered: state.num_redelivered as u64,
+            delivered: state.delivered.stream_sequence,
+        }
+    }
 }

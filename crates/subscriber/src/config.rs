@@ -7,6 +7,9 @@ use event::{InvalidTopic, Topic};
 use service::nats::NatsOptions;
 use service::{SecretUrl, ServiceOptions, UsageError, parse_duration};
 
+/// Default size limit of the dead letters: a producer of garbage must not fill the disk of the broker.
+const DEAD_MAX_BYTES: i64 = 256 * 1024 * 1024;
+
 /// Options of the subscriber. Every one is a flag and an environment variable.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Config {
@@ -81,6 +84,10 @@ pub struct Config {
     /// How long to wait for a relay to say that it publishes again what the stream lost, before the gap policy applies
     #[arg(long, env = "SUBSCRIBER_GAP_GRACE", default_value = "30s", value_parser = parse_duration, global = true)]
     pub gap_grace: Duration,
+
+    /// Size limit of the stream of dead letters in bytes; JetStream reserves it when the first dead letter comes
+    #[arg(long, env = "SUBSCRIBER_DEAD_MAX_BYTES", default_value_t = DEAD_MAX_BYTES, value_parser = clap::value_parser!(i64).range(1024..), global = true)]
+    pub dead_max_bytes: i64,
 
     /// Stream with change events of Debezium to apply as well, by the rules; none if not set
     #[arg(long, env = "SUBSCRIBER_DEBEZIUM_STREAM", global = true)]

@@ -136,7 +136,7 @@ impl Debezium {
         lanes.spawn(watch);
         let mut pump = Pump {
             keys: self.spawn_lanes(&lanes, &health, limits, &shutdown),
-            poison: Poison::spawn(&lanes, self.jetstream.clone()),
+            poison: Poison::spawn(&lanes, self.jetstream.clone(), &self.config),
             memory: Memory::default(),
             health: health.component("debezium", limits),
             shutdown: shutdown.clone(),

@@ -5,7 +5,7 @@ pub mod broker;
 mod config;
 mod dead;
 pub mod debezium;
-mod durable;
+pub mod durable;
 pub mod metrics;
 pub mod position;
 pub mod replay;

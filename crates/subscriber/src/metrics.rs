@@ -27,6 +27,7 @@ metrics! {
     describe_counter UPDATES = "subscriber_updates_total", Count, "Versioned updates, by outcome: replaced or ignored";
     describe_counter REDELIVERIES = "subscriber_redeliveries_total", Count, "Messages that had been delivered before";
     describe_counter DEAD_LETTERS = "subscriber_dead_letters_total", Count, "Messages set aside because they cannot be decoded";
+    describe_counter DEAD_LETTERS_FAILED = "subscriber_dead_letters_failed_total", Count, "Failed attempts to set such a message aside; it comes again";
     describe_counter DEBEZIUM_MESSAGES = "subscriber_debezium_messages_total", Count, "Messages of Debezium that were read, by kind: change, no_rules, heartbeat, transaction, schema_change, logical_message or tombstone";
     describe_counter DEBEZIUM_UNKNOWN = "subscriber_debezium_unknown_changes_total", Count, "Changes that Debezium sent of which not every key could be told, so that key prefixes were invalidated";
     describe_gauge DEBEZIUM_HEARTBEAT = "subscriber_debezium_heartbeat_timestamp_seconds", Seconds, "Time of Debezium's newest heartbeat, in seconds since the Unix epoch; absent without heartbeats (heartbeat.interval.ms)";
@@ -58,6 +59,7 @@ pub fn start_at_zero() {
         KEYS_PRESENT,
         REDELIVERIES,
         DEAD_LETTERS,
+        DEAD_LETTERS_FAILED,
         REDIS_FAILURES,
         REPLAYED,
         DEBEZIUM_UNKNOWN,

@@ -49,7 +49,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     let (consumer_sender, consumer) = watch::channel(None);
     let shared = Arc::new(Shared {
         redis: redis.clone(),
-        dead: DeadLetters::new(jetstream.clone()),
+        dead: DeadLetters::new(jetstream.clone(), &config),
         consumer,
         max_payload: nats.client.server_info().max_payload,
         config: config.clone(),
@@ -105,7 +105,7 @@ async fn open(config: &Config) -> anyhow::Result<Opened> {
         .with_context(|| format!("REDIS_URL (--redis-url) {} cannot be used", config.redis_url))?;
     let nats = Nats::connect(&config.nats, "subscriber", CONNECT_PATIENCE).await?;
     let jetstream = broker::jetstream(&nats);
-    find_streams(&nats, &jetstream, config).await?;
+    find_stream(&nats, &jetstream, config).await?;
     let debezium = debezium::prepare(config, &jetstream, &redis).await?;
     Ok(Opened { redis, nats, jetstream, debezium })
 }
@@ -130,14 +130,13 @@ async fn refuse_wrong_credentials(redis: &Redis) -> Result<(), cache::RedisError
 }
 
 /// The relay creates the stream of events. Who has Debezium's events to apply may have no relay at all.
-async fn find_streams(
+async fn find_stream(
     nats: &Nats,
     jetstream: &jetstream::Context,
     config: &Config,
 ) -> Result<(), BrokerError> {
     match broker::stream(nats, jetstream).await {
-        Err(BrokerError::NoStream) if config.debezium_stream.is_some() => {}
-        other => drop(other?),
+        Err(BrokerError::NoStream) if config.debezium_stream.is_some() => Ok(()),
+        other => other.map(drop),
     }
-    broker::ensure_dead_stream(nats, jetstream).await
 }

@@ -1,17 +1,19 @@
 //! Watches the stream and Redis for lost data, and decides what the workers may consume.
 
+mod consumer;
 mod gap;
+mod holes;
+mod ownership;
+mod record;
 mod restart;
 mod waiting;
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use async_nats::jetstream;
 use async_nats::jetstream::consumer::PullConsumer;
-use async_nats::jetstream::stream::{RawMessageErrorKind, Stream};
+use async_nats::jetstream::stream::Stream;
 use cache::Redis;
-use chrono::DateTime;
 use event::nats::STREAM;
 use metrics::gauge;
 use service::nats::{JetStreamError, Link, Nats};
@@ -19,19 +21,24 @@ use service::{Backoff, Component, Report, SaidLately, Shutdown};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::broker::{self, BrokerError};
+use crate::Config;
+use crate::broker::BrokerError;
+use crate::durable::{Differences, Info};
 use crate::metrics as names;
-use crate::position::{Position, Seen};
+use crate::position::Position;
 use crate::replay::ReplayError;
-use crate::{Config, durable};
 
 use gap::Halt;
+use ownership::{Doubt, OwnershipError};
 
 /// How often Redis and the stream are looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How often a halted subscriber looks whether somebody has decided.
 const HALT_INTERVAL: Duration = Duration::from_secs(5);
+
+/// A Redis that was looked at within this time was not a replica meanwhile without its history saying so.
+const WATCHED: Duration = Duration::from_mins(1);
 
 /// Pauses after a failure.
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(100);
@@ -60,7 +67,26 @@ struct Memory {
     stored: Option<Position>,
     /// Whether the position could not be stored because Redis is full.
     is_full: bool,
+    /// True once the record in Redis was older than what this process had stored there.
+    is_behind: bool,
+    /// True while nothing in this cache can be stale: it is empty, or its consumer begins with everything.
+    is_new: bool,
     handles: Option<(Stream, PullConsumer)>,
+    /// The consumer at the last look.
+    info: Option<Info>,
+    /// Id under which the durable belongs to this cache.
+    identity: Option<String>,
+    ownership_doubt: Option<Doubt>,
+    /// What of the options cannot be changed and is lived with.
+    tolerated: Differences,
+    /// When the claim was last brought up to date.
+    claimed: Option<Instant>,
+    /// From when on the stream is to be applied again, whatever Redis says.
+    suspicion: Option<Since>,
+    /// What was deleted from the stream, as far as it is known to have been applied.
+    deleted: Option<holes::Deleted>,
+    /// When the Redis servers were last looked at.
+    looked_at_redis: Option<Instant>,
     /// The connection since which the last message that was applied is known to be the one it was.
     looked_inside: Option<Link>,
     /// Since when a gap has been waiting for a relay's word.
@@ -73,6 +99,15 @@ struct Memory {
     said: SaidLately,
     /// The policy under which Redis may evict marks, while it may.
     evicts_marks: Option<String>,
+}
+
+/// Where a replay begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Since {
+    /// The replay margin before what was last applied.
+    Margin,
+    /// The beginning of the stream.
+    Beginning,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +129,8 @@ enum LookError {
     Replay(#[from] ReplayError),
     #[error("part of the stream is missing ({0}); waiting for a relay to say whether it publishes it again")]
     Doubt(String),
+    #[error(transparent)]
+    Owner(#[from] OwnershipError),
     #[error(transparent)]
     Halt(#[from] Halt),
 }
@@ -137,7 +174,7 @@ impl Supervisor {
         let looked = self.look(memory, health).await;
         if let Err(LookError::Redis(_)) = &looked {
             gauge!(names::REDIS_UP).set(0.0);
-            self.count_waiting(memory).await;
+            self.count_waiting().await;
         }
         looked
     }
@@ -148,11 +185,9 @@ impl Supervisor {
         let masters = self.redis.look_at_masters().await?;
         gauge!(names::REDIS_UP).set(1.0);
         note_evictions(masters.evicts_marks, memory);
-        if memory.position.is_none() {
-            memory.stored = self.load_position().await?;
-            memory.position = Some(memory.stored.clone().unwrap_or_default());
-        }
-        self.take_word_of(&masters.instances, memory).await?;
+        let is_watched = memory.looked_at_redis.is_some_and(|looked| looked.elapsed() < WATCHED);
+        memory.looked_at_redis = Some(Instant::now());
+        self.reread(&masters.instances, is_watched, memory).await?;
         let position = memory.position.clone().unwrap_or_default();
         let link = self.nats.link();
         let seen = tokio::select! {
@@ -174,8 +209,9 @@ impl Supervisor {
         if std::mem::take(&mut memory.lacks_stream) {
             tracing::info!("stream {STREAM} exists; its events are applied as well");
         }
+        let position = memory.position.clone().unwrap_or_default();
         let seen = self.judge(memory, &position, seen, health).await?;
-        self.judge_redis(memory, masters.instances, seen, health).await?;
+        self.judge_redis(memory, &masters.instances, is_watched, seen, health).await?;
         self.advance(memory, seen).await?;
         if let Some((_, consumer)) = &memory.handles
             && self.consumer.borrow().is_none()
@@ -185,121 +221,9 @@ impl Supervisor {
         Ok(())
     }
 
-    async fn load_position(&self) -> Result<Option<Position>, LookError> {
-        let record = self.redis.load_position(&self.config.durable).await?;
-        Ok(record.and_then(|record| serde_json::from_slice(&record).ok()))
-    }
-
-    /// A Redis that was not there before says itself how old its data is: by the record that came with it. Another
-    /// subscriber may also have brought it up to date by now.
-    async fn take_word_of(&self, instances: &BTreeSet<String>, memory: &mut Memory) -> Result<(), LookError> {
-        let is_known = memory.position.as_ref().is_some_and(|known| instances.is_subset(&known.instances));
-        if !is_known && let Some(stored) = self.load_position().await? {
-            memory.stored = Some(stored.clone());
-            memory.position = Some(stored);
-        }
-        Ok(())
-    }
-
     /// Who has Debezium's events to apply does not need a relay. A stream that was there before is missed all the same.
     fn may_lack_stream(&self, position: &Position) -> bool {
         self.config.debezium_stream.is_some() && position.stream_created_us == 0
-    }
-
-    async fn look_at_stream(&self, memory: &mut Memory, position: &Position) -> Result<Seen, LookError> {
-        if memory.handles.is_none() {
-            self.consumer.send_replace(None);
-            let stream = broker::stream(&self.nats, &self.jetstream).await?;
-            // A consumer that was lost begins where the last one is known to have been; one of a new stream with
-            // everything.
-            let same = position.stream_created_us == stream.cached_info().created.timestamp_micros();
-            let since = DateTime::from_timestamp_micros(position.acked_until_us)
-                .filter(|_| same && position.acked_until_us > 0);
-            let consumer = durable::consumer(&stream, &self.config, since).await?;
-            memory.handles = Some((stream, consumer));
-        }
-        let (stream, consumer) = memory.handles.as_mut().expect("set above");
-        let (mut seen, pending) = broker::look(stream, consumer)
-            .await
-            .map_err(|error| LookError::Stream(self.nats.judge(error)))?;
-        // A stream that was shorter may be long again, but only NATS that was away comes back with old data.
-        let link = self.nats.link();
-        if memory.looked_inside != Some(link) && position.stream_created_us == seen.stream_created_us {
-            match broker::is_refilled(stream, position.acked_seq, position.acked_until_us).await {
-                Ok(false) => memory.looked_inside = Some(link),
-                Ok(true) => seen.is_refilled = true,
-                Err(error) => {
-                    tracing::debug!(error = %Report::of(error.as_ref()), "cannot look into the stream; trying again")
-                }
-            }
-        }
-        waiting::show(pending);
-        Ok(seen)
-    }
-
-    /// Records how far this cache is.
-    async fn advance(&self, memory: &mut Memory, seen: Seen) -> Result<(), LookError> {
-        let Some((stream, _)) = &mut memory.handles else { return Ok(()) };
-        let position = memory.position.get_or_insert_default();
-        position.stream_created_us = seen.stream_created_us;
-        let mut applied = seen.ack_floor.min(seen.last_seq).max(position.acked_seq);
-        if let Some(subject) = durable::filter(&self.config) {
-            match broker::reach(stream, &subject, seen, applied).await {
-                Ok(reach) => applied = reach,
-                Err(error) => {
-                    tracing::debug!(error = %Report::of(error.as_ref()), "cannot look for the next message of the topic")
-                }
-            }
-        }
-        if applied > position.acked_seq || position.acked_until_us == 0 {
-            match stream.get_raw_message(applied).await {
-                Ok(message) => {
-                    position.acked_until_us = message.time.timestamp_micros();
-                    position.acked_seq = applied;
-                }
-                // It has expired; the time of an older one is good enough.
-                Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => {
-                    position.acked_seq = applied
-                }
-                // Sequence and time belong together.
-                Err(error) => {
-                    tracing::debug!(error = %Report::of(&error), "cannot look at the last message that was applied")
-                }
-            }
-        }
-        if memory.stored.as_ref() == memory.position.as_ref() {
-            return Ok(());
-        }
-        self.store_position(memory).await
-    }
-
-    /// A Redis that is full keeps the older record. That makes a replay longer, or a gap be judged once more, and hides
-    /// nothing: what the stream still has need not wait. Without any record a later loss could not be noticed.
-    async fn store_position(&self, memory: &mut Memory) -> Result<(), LookError> {
-        let position = memory.position.clone().unwrap_or_default();
-        let record = serde_json::to_vec(&position).expect("plain data always serializes");
-        match self.redis.store_position(&self.config.durable, &record).await {
-            Ok(()) => {
-                memory.stored = Some(position);
-                if std::mem::take(&mut memory.is_full) {
-                    tracing::info!("Redis stores again how far this cache is");
-                }
-                Ok(())
-            }
-            Err(error) if error.is_out_of_memory() => {
-                if memory.stored.is_none() {
-                    return Err(LookError::Full(error));
-                }
-                if !std::mem::replace(&mut memory.is_full, true) {
-                    tracing::warn!(
-                        "Redis is full (maxmemory) and does not store how far this cache is; invalidations go on, updates \
-                         become deletes, strict writes fail"
-                    );
-                }
-                Ok(())
-            }
-            Err(error) => Err(error.into()),
-        }
     }
 }
 

@@ -14,7 +14,7 @@ use service::{Backoff, Component, Report, SaidLately, Shutdown, failpoint, trace
 use tokio::sync::watch;
 use tracing::Span;
 
-use crate::dead::DeadLetters;
+use crate::dead::{self, DeadLetters};
 use crate::metrics as names;
 use crate::{Config, FAILPOINTS};
 
@@ -33,6 +33,9 @@ const MAX_SPANS: usize = 16;
 /// How long a request for messages stays open on the server, and how often it says that it is alive.
 const FETCH_EXPIRES: Duration = Duration::from_secs(30);
 const FETCH_HEARTBEAT: Duration = Duration::from_secs(5);
+
+/// A fetch that NATS has not refused for so long is a good one.
+const GOOD_FETCH: Duration = Duration::from_millis(500);
 
 /// After so long a message comes again of which Redis has refused a key.
 pub(crate) const REFUSED_PAUSE: Duration = Duration::from_secs(10);
@@ -89,13 +92,17 @@ pub async fn run(shared: Arc<Shared>, health: Component, shutdown: Shutdown) {
         let Some(current) = current else { continue };
         health.beat();
         consumer.mark_unchanged();
-        match messages(&current, shared.max_payload).await {
-            Ok(stream) => {
-                health.ready();
-                retry.reset();
-                pump(&shared, stream, &mut consumer, &health, &shutdown).await;
+        let fetched = match messages(&current, shared.max_payload).await {
+            Ok(stream) => pump(&shared, stream, &mut consumer, &mut retry, &health, &shutdown).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = fetched {
+            let report = Report::of(error.as_ref());
+            if retry.attempts() == 0 {
+                tracing::warn!(error = %report, "cannot fetch messages; trying again");
+            } else {
+                health.not_ready(format!("cannot fetch messages: {report}"));
             }
-            Err(error) => health.not_ready(format!("cannot fetch messages: {}", Report::of(error.as_ref()))),
         }
         tokio::select! {
             () = shutdown.requested() => {}
@@ -116,36 +123,45 @@ async fn messages(consumer: &PullConsumer, max_payload: usize) -> Result<pull::S
         .await?)
 }
 
-/// Takes batches from the stream until it ends, the consumer is replaced or shutdown is requested.
+/// Takes batches from the stream until it ends, the consumer is replaced or shutdown is requested. A fetch that NATS refuses
+/// ends at once; one that lasts is a good one, whether messages come or not.
 async fn pump(
     shared: &Shared,
     mut stream: pull::Stream,
     consumer: &mut watch::Receiver<Option<PullConsumer>>,
+    retry: &mut Backoff,
     health: &Component,
     shutdown: &Shutdown,
-) {
+) -> Result<(), async_nats::Error> {
+    let good = tokio::time::sleep(GOOD_FETCH);
+    tokio::pin!(good);
+    let mut is_good = false;
     loop {
         health.idle();
         let next = tokio::select! {
-            () = shutdown.requested() => return,
+            () = shutdown.requested() => return Ok(()),
             changed = consumer.changed() => {
-                if changed.is_ok() { return; }
+                if changed.is_ok() { return Ok(()); }
                 continue;
             }
-            next = stream.next() => next,
+            () = &mut good, if !is_good => None,
+            next = stream.next() => Some(next),
         };
         health.beat();
+        if !is_good && !matches!(next, Some(Some(Err(_)) | None)) {
+            is_good = true;
+            retry.reset();
+            health.ready();
+        }
+        let Some(next) = next else { continue };
         let first = match next {
             Some(Ok(message)) => message,
             Some(Err(error)) if matches!(error.kind(), MessagesErrorKind::MissingHeartbeat) => {
                 tracing::debug!("NATS misses a heartbeat; the fetch goes on by itself");
                 continue;
             }
-            Some(Err(error)) => {
-                tracing::warn!(error = %Report::of(&error), "cannot fetch messages; trying again");
-                return;
-            }
-            None => return,
+            Some(Err(error)) => return Err(error.into()),
+            None => return Ok(()),
         };
         let mut batch = Batch::default();
         shared.take(&mut batch, first).await;
@@ -201,6 +217,9 @@ impl Shared {
         if message.info().is_ok_and(|info| info.delivered > 1) {
             counter!(names::REDELIVERIES).increment(1);
         }
+        if dead::pass_over(&message).await {
+            return;
+        }
         match Envelope::decode(&message.payload) {
             Ok(envelope) => batch.add(message, &envelope),
             Err(error) => match self.dead.set_aside(&message, &error).await {
@@ -210,7 +229,7 @@ impl Shared {
                 }
                 // Not acknowledged, so it comes again.
                 Err(failure) => {
-                    tracing::warn!(error = %Report::of(failure.as_ref()), "cannot set aside a message that cannot be decoded")
+                    tracing::warn!(error = %Report::of(failure.as_ref()), "cannot set aside a message that cannot be decoded; it comes again")
                 }
             },
         }

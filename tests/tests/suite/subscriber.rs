@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream::{self, consumer::PullConsumer, stream::Config, stream::Stream};
-use devstack::{Nats, Redis, StackDirectory, eventually};
+use devstack::{Nats, NatsOptions, Redis, StackDirectory, eventually};
 use event::{CacheKey, Change, CommittedEvent, Envelope, EventId};
 use futures::StreamExt;
 use subscriber::broker;
@@ -15,7 +15,7 @@ use tests::{Daemon, SETTLED, program};
 
 /// So long the stream keeps messages where a test waits until they expire: much longer than the subscriber takes between
 /// two looks, even on a busy machine.
-const SHORT: Duration = Duration::from_secs(8);
+pub(crate) const SHORT: Duration = Duration::from_secs(8);
 
 /// Servers of a subscriber, and nothing else.
 pub(crate) struct Scene {
@@ -27,8 +27,14 @@ pub(crate) struct Scene {
 
 impl Scene {
     pub(crate) async fn new() -> Self {
+        Self::with_nats(String::new()).await
+    }
+
+    /// With more lines in the configuration of NATS.
+    pub(crate) async fn with_nats(configuration: String) -> Self {
         let directory = StackDirectory::create().unwrap();
-        let nats = Nats::start_in(&directory, Default::default()).await.unwrap();
+        let options = NatsOptions { configuration, ..Default::default() };
+        let nats = Nats::start_in(&directory, options).await.unwrap();
         let redis = Redis::start_in(&directory, Default::default()).await.unwrap();
         let jetstream = jetstream::new(async_nats::connect(nats.url()).await.unwrap());
         Self { nats, redis, jetstream, directory }
@@ -46,7 +52,7 @@ impl Scene {
         self.jetstream.create_stream(config).await.unwrap()
     }
 
-    fn environment(&self, more: &[(&'static str, String)]) -> Vec<(&'static str, String)> {
+    pub(crate) fn environment(&self, more: &[(&'static str, String)]) -> Vec<(&'static str, String)> {
         [&[("NATS_URL", self.nats.url()), ("REDIS_URL", self.redis.url())], more].concat()
     }
 
@@ -89,7 +95,7 @@ impl Scene {
         })
     }
 
-    async fn until_recorded(&self, sequence: u64) {
+    pub(crate) async fn until_recorded(&self, sequence: u64) {
         let config = cache::RedisConfig { url: self.redis.url(), ..Default::default() };
         let redis = cache::Redis::new(config).unwrap();
         eventually(SETTLED, async || {
@@ -101,7 +107,7 @@ impl Scene {
     }
 
     /// Publishes to a topic that nobody takes until everything up to `sequence` has expired.
-    async fn until_expired(&self, stream: &Stream, sequence: u64) {
+    pub(crate) async fn until_expired(&self, stream: &Stream, sequence: u64) {
         eventually(SETTLED, async || {
             self.publish("busy", "other").await;
             let first = stream.get_info().await.map_err(|error| error.to_string())?.state.first_sequence;
@@ -164,8 +170,15 @@ async fn a_topic_reaches_to_its_next_message_and_no_further_and_nowhere_if_some_
     }
     let info = stream.info().await.unwrap();
     let created_us = info.created.timestamp_micros();
-    let seen =
-        Seen { stream_created_us: created_us, first_seq: 1, last_seq: 5, ack_floor: 0, is_refilled: false };
+    let seen = Seen {
+        stream_created_us: created_us,
+        first_seq: 1,
+        last_seq: 5,
+        ack_floor: 0,
+        is_refilled: false,
+        holes: 0,
+        is_unrecorded: false,
+    };
     let mut reach =
         async |seen, applied| broker::reach(&mut stream, "invalidation.quiet", seen, applied).await.unwrap();
     assert_eq!(reach(seen, 0).await, 0);
@@ -257,7 +270,7 @@ async fn durable_that_exists_is_changed_to_what_is_configured_and_keeps_its_plac
     assert_eq!(info.config.ack_wait, Duration::from_secs(7));
     assert_eq!((info.ack_floor.stream_sequence, info.num_pending), (1, 0));
     let log = subscriber.process().log();
-    assert!(log.contains("its ack wait is 30s instead of 7s"), "{log}");
+    assert!(log.contains("ack_wait is 30s instead of 7s"), "{log}");
     scene.fill("user:2").await;
     scene.publish("default", "user:2").await;
     scene.until_gone("user:2").await;

@@ -1,4 +1,4 @@
-use deadpool_redis::redis::Cmd;
+use deadpool_redis::redis::{Cmd, Value};
 
 use super::Redis;
 use crate::{RedisError, names};
@@ -23,5 +23,33 @@ impl Redis {
         let mut set = Cmd::new();
         set.arg("SET").arg(names::position(durable)).arg(record);
         self.query_one_key(&set).await
+    }
+
+    /// Loads the id under which the subscriber `durable` knows this cache. The id is part of the data: a promoted replica
+    /// has the same, another database of the same server has another.
+    ///
+    /// # Errors
+    /// Any [`RedisError`].
+    pub async fn load_identity(&self, durable: &str) -> Result<Option<String>, RedisError> {
+        let mut get = Cmd::new();
+        get.arg("GET").arg(names::identity(durable));
+        self.query_one_key(&get).await
+    }
+
+    /// Stores `id` as the id of this cache unless it has one, and returns the id that counts.
+    ///
+    /// # Errors
+    /// Any [`RedisError`].
+    pub async fn keep_identity(&self, durable: &str, id: &str) -> Result<String, RedisError> {
+        let mut set = Cmd::new();
+        set.arg("SET").arg(names::identity(durable)).arg(id).arg("NX");
+        self.query_one_key::<Value>(&set).await?;
+        self.load_identity(durable).await?.ok_or_else(|| RedisError::unavailable("Redis did not keep the id"))
+    }
+
+    /// Generates an id for a cache that has none.
+    #[must_use]
+    pub fn generate_identity() -> String {
+        format!("{:016x}", rand::random::<u64>())
     }
 }

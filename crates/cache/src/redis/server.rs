@@ -27,22 +27,46 @@ impl std::fmt::Display for EvictionPolicy {
     }
 }
 
+/// A master and the history of its data. One of the two changes whenever values that had been invalidated may be back.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Instance {
+    /// `run_id`: another one after a restart, and on the server that takes over.
+    pub run_id: String,
+    /// `master_replid`: another one after the server was a replica, even if it never restarted. Empty if the server does
+    /// not tell.
+    pub history: String,
+    /// True if `history` continues that of another master: the server was promoted. A server also renews its history when
+    /// its first replica comes and when the last one has been away for long; this is false then.
+    pub was_promoted: bool,
+}
+
+impl Instance {
+    fn read(info: &str) -> Result<Self, RedisError> {
+        let run_id = info_field(info, "run_id").ok_or_else(|| RedisError::unexpected("no run_id in INFO"))?;
+        let before = info_field(info, "master_replid2").unwrap_or_default();
+        Ok(Self {
+            run_id: run_id.to_owned(),
+            history: info_field(info, "master_replid").unwrap_or_default().to_owned(),
+            was_promoted: before.bytes().any(|digit| digit != b'0'),
+        })
+    }
+}
+
 /// All masters at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Masters {
-    /// The `run_id` of each. It changes when a server restarts and when another takes over, which is when values that had
-    /// been invalidated may be back.
-    pub instances: BTreeSet<String>,
+    /// Each of them.
+    pub instances: BTreeSet<Instance>,
     /// A `maxmemory-policy` among theirs under which marks may be evicted, if there is one.
     pub evicts_marks: Option<String>,
 }
 
 impl Redis {
-    /// The `run_id` of every master; see [`Masters::instances`].
+    /// Every master; see [`Masters::instances`].
     ///
     /// # Errors
     /// Any [`RedisError`]; [`RedisError::Unavailable`] too if what answers is a replica by now.
-    pub async fn instances(&self) -> Result<BTreeSet<String>, RedisError> {
+    pub async fn instances(&self) -> Result<BTreeSet<Instance>, RedisError> {
         Ok(self.look_at_masters().await?.instances)
     }
 
@@ -57,9 +81,7 @@ impl Redis {
                 self.lanes.give_up_all();
                 return Err(RedisError::unavailable("the server has become a replica"));
             }
-            let run_id =
-                info_field(&info, "run_id").ok_or_else(|| RedisError::unexpected("no run_id in INFO"))?;
-            masters.instances.insert(run_id.to_owned());
+            masters.instances.insert(Instance::read(&info)?);
             let policy = info_field(&info, "maxmemory_policy").filter(|policy| evicts_marks(policy));
             masters.evicts_marks = masters.evicts_marks.or(policy.map(str::to_owned));
         }

@@ -5,6 +5,7 @@ use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio_util::task::TaskTracker;
 
 use super::DebeziumError;
+use crate::Config;
 use crate::dead::DeadLetters;
 use crate::metrics as names;
 
@@ -19,9 +20,9 @@ pub(super) struct Poison {
 
 impl Poison {
     /// Starts the task that stores dead letters.
-    pub(super) fn spawn(tasks: &TaskTracker, jetstream: jetstream::Context) -> Self {
+    pub(super) fn spawn(tasks: &TaskTracker, jetstream: jetstream::Context, config: &Config) -> Self {
         let (queue, waiting) = channel(MAX_WAITING);
-        tasks.spawn(store(waiting, DeadLetters::new(jetstream)));
+        tasks.spawn(store(waiting, DeadLetters::new(jetstream, config)));
         Self { queue }
     }
 

@@ -10,7 +10,6 @@ use tokio::time::Instant;
 
 use super::{LookError, Memory, Supervisor};
 use crate::config::GapPolicy;
-use crate::durable;
 use crate::metrics as names;
 use crate::position::{Continuity, Position, Seen};
 use crate::replay::with_progress;
@@ -69,9 +68,13 @@ impl Supervisor {
                 // The consumer that was ahead is gone, and what it had acknowledged with it.
                 seen = self.look_at_stream(memory, position).await?;
             }
+            memory.deleted = None;
+            let begin = seen.first_seq.saturating_sub(1).min(seen.last_seq);
+            let is_deleted = matches!(continuity, Continuity::Deleted { .. });
             memory.position = Some(Position {
                 stream_created_us: seen.stream_created_us,
-                acked_seq: seen.first_seq.saturating_sub(1).min(seen.last_seq),
+                acked_seq: if is_deleted { begin.max(position.acked_seq) } else { begin },
+                holes_until: seen.last_seq,
                 ..position.clone()
             });
         }
@@ -98,6 +101,12 @@ impl Supervisor {
         let what = match continuity {
             Continuity::Expired { messages } => {
                 format!("{messages} messages expired before this cache read them")
+            }
+            Continuity::Deleted { messages } => {
+                format!("{messages} messages were deleted from the stream before this cache applied them")
+            }
+            Continuity::Unrecorded => {
+                "neither Redis nor the durable consumer says which messages this cache has applied".to_owned()
             }
             Continuity::Recreated => "the stream was created anew".to_owned(),
             Continuity::Truncated | Continuity::Whole => "NATS came back with old data".to_owned(),
@@ -154,14 +163,14 @@ impl Supervisor {
     /// A durable that is ahead of its stream would wait until the stream catches up, and skip what comes before.
     async fn restart_consumer(&self, memory: &mut Memory, position: &Position) -> Result<(), LookError> {
         if let Some((stream, _)) = memory.handles.take() {
+            self.consumer.send_replace(None);
             stream
                 .delete_consumer(&self.config.durable)
                 .await
                 .map_err(|error| LookError::Stream(self.nats.judge(error)))?;
             let since =
                 DateTime::from_timestamp_micros(position.acked_until_us.saturating_sub(CLOCK_MARGIN_US));
-            let consumer = durable::consumer(&stream, &self.config, since).await?;
-            memory.handles = Some((stream, consumer));
+            self.create_at(memory, &stream, since, position).await?;
         }
         Ok(())
     }
@@ -169,8 +178,14 @@ impl Supervisor {
     /// Asks a relay about what this cache has not applied. Of a stream that lost messages it publishes again what it retains.
     async fn ask_relay(&self, continuity: Continuity, position: &Position, seen: Seen) -> Answer {
         let since_us = position.acked_until_us.saturating_sub(CLOCK_MARGIN_US);
-        let missing = matches!(continuity, Continuity::Expired { .. })
-            .then_some(Missing { since_us, before_seq: seen.first_seq });
+        let before_seq = match continuity {
+            // Nobody knows what to ask for.
+            Continuity::Unrecorded => return Answer::Lost,
+            Continuity::Expired { .. } => Some(seen.first_seq),
+            Continuity::Deleted { .. } => Some(seen.last_seq + 1),
+            _ => None,
+        };
+        let missing = before_seq.map(|before_seq| Missing { since_us, before_seq });
         let question = CoverageRequest { stream_created_us: seen.stream_created_us, missing };
         let body = serde_json::to_vec(&question).expect("plain data always serializes");
         let asked = self.nats.client.request(COVERAGE_SUBJECT, body.into());
@@ -203,7 +218,10 @@ impl Answer {
     fn read(continuity: Continuity, reply: &CoverageReply, since_us: i64) -> Self {
         let is_covered = match continuity {
             // A relay that does not know the question answers nothing to it.
-            Continuity::Expired { .. } => reply.missing_is_retained.unwrap_or(false),
+            Continuity::Expired { .. } | Continuity::Deleted { .. } => {
+                reply.missing_is_retained.unwrap_or(false)
+            }
+            Continuity::Unrecorded => false,
             Continuity::Recreated => match reply.complete_since_us {
                 Some(complete_since_us) => complete_since_us <= since_us,
                 None => return Self::NotYet,

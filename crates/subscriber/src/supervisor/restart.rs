@@ -3,11 +3,12 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use cache::Instance;
 use chrono::DateTime;
 use metrics::counter;
 use service::Component;
 
-use super::{LookError, Memory, Supervisor};
+use super::{LookError, Memory, Since, Supervisor};
 use crate::metrics as names;
 use crate::position::Seen;
 use crate::replay::Replay;
@@ -20,14 +21,16 @@ impl Supervisor {
     pub(super) async fn judge_redis(
         &self,
         memory: &mut Memory,
-        instances: BTreeSet<String>,
+        instances: &BTreeSet<Instance>,
+        is_watched: bool,
         seen: Seen,
         health: &Component,
     ) -> Result<(), LookError> {
+        let suspicion = memory.suspicion;
+        let is_new = std::mem::take(&mut memory.is_new);
         let position = memory.position.get_or_insert_default();
-        let is_first_start = position.instances.is_empty() && seen.ack_floor == 0;
-        if is_first_start || instances.is_subset(&position.instances) {
-            position.instances = instances;
+        if suspicion.is_none() && (is_new || position.knows(instances, is_watched)) {
+            position.trust(instances);
             return Ok(());
         }
         let margin = self.replay_margin().await?;
@@ -39,12 +42,17 @@ impl Supervisor {
         if reference.is_none() && position.stream_created_us == 0 {
             reference = stream.get_raw_message(seen.ack_floor).await.ok().map(|message| message.time);
         }
-        let since = reference.map(|reference| reference - margin);
+        let since =
+            reference.filter(|_| suspicion != Some(Since::Beginning)).map(|reference| reference - margin);
+        let (reason, what) = match suspicion {
+            None => ("redis", "Redis was restarted or replaced and may have old values"),
+            Some(_) => ("suspicion", "this cache may have missed invalidations"),
+        };
         tracing::warn!(
             since = since.map_or("the beginning of the stream".to_owned(), |since| since.to_rfc3339()),
-            "Redis was restarted or replaced and may have old values; replaying the stream"
+            "{what}; replaying the stream"
         );
-        counter!(names::REPLAYS, "reason" => "redis").increment(1);
+        counter!(names::REPLAYS, "reason" => reason).increment(1);
         let replay = Replay {
             stream,
             redis: &self.redis,
@@ -54,7 +62,8 @@ impl Supervisor {
         };
         let messages = replay.run(since).await?;
         tracing::warn!(messages, "replayed the stream");
-        position.instances = instances;
+        position.trust(instances);
+        memory.suspicion = None;
         Ok(())
     }
 
