@@ -1,3 +1,5 @@
+mod lossless;
+
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -5,7 +7,7 @@ use serde::de::DeserializeOwned;
 ///
 /// Two come with the crate: [`Json`] and [`Raw`]. Implement it for another format.
 pub trait Codec<T> {
-    /// The bytes to store for `value`.
+    /// The bytes to store for `value`. [`decode`](Self::decode) must make the same value of them: a hit returns that.
     ///
     /// # Errors
     /// [`CodecError`]; the value is then returned to the caller but not cached.
@@ -27,11 +29,15 @@ pub trait Codec<T> {
 pub struct CodecError(#[source] pub Box<dyn std::error::Error + Send + Sync>);
 
 /// Values as JSON documents; `None` is `null`.
+///
+/// What would come back as another value is not cached: numbers that JSON does not have (NaN, infinities), and `Some` of a
+/// value that is written as `null` (`Some(())`, `Some(None)`), wherever they are in the value.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Json;
 
 impl<T: Serialize + DeserializeOwned> Codec<T> for Json {
     fn encode(&self, value: &T) -> Result<Vec<u8>, CodecError> {
+        value.serialize(lossless::Check).map_err(|error| CodecError(error.into()))?;
         serde_json::to_vec(value).map_err(|error| CodecError(error.into()))
     }
 
@@ -99,6 +105,58 @@ mod tests {
         assert_eq!(Raw.encode(&none).unwrap(), b"\x1fabsent");
         let decoded: Option<Vec<u8>> = Raw.decode(b"\x1fabsent").unwrap();
         assert_eq!(decoded, None);
+    }
+
+    /// What a hit returns for `value`, if it is cached.
+    fn hit<T: Serialize + DeserializeOwned>(value: &T) -> Option<T> {
+        Some(Json.decode(&Json.encode(value).ok()?).unwrap())
+    }
+
+    #[derive(Debug, Clone, PartialEq, Serialize, serde::Deserialize)]
+    enum Shape {
+        Nothing,
+        Wrapped(Option<f64>),
+        Pair(u8, Option<()>),
+        Named { at: Option<f32>, list: Vec<Option<u8>> },
+    }
+
+    #[test]
+    fn json_that_would_come_back_as_another_value_is_not_cached() {
+        assert_eq!(hit(&Some(f64::NAN)), None);
+        assert_eq!(hit(&f64::INFINITY), None);
+        assert_eq!(hit(&Some(())), None);
+        assert_eq!(hit(&Some(None::<String>)), None);
+        assert_eq!(hit(&Some(serde_json::Value::Null)), None);
+        assert_eq!(hit(&vec![Some(f64::NAN)]), None);
+        assert_eq!(hit(&(1, Some(f32::NAN))), None);
+        assert_eq!(
+            hit(&std::collections::BTreeMap::from([("k", Some(Some(())))].map(|(k, v)| (k.to_owned(), v)))),
+            None
+        );
+        for shape in [
+            Shape::Wrapped(Some(f64::NAN)),
+            Shape::Pair(1, Some(())),
+            Shape::Named { at: Some(f32::NAN), list: Vec::new() },
+        ] {
+            assert_eq!(hit(&shape), None, "{shape:?}");
+        }
+    }
+
+    #[test]
+    fn everything_else_comes_back_from_json_as_it_was() {
+        fn comes_back<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(value: &T) {
+            assert_eq!(hit(value).as_ref(), Some(value));
+        }
+        comes_back(&None::<f64>);
+        comes_back(&Some(1.5));
+        comes_back(&());
+        comes_back(&serde_json::json!({ "a": null, "b": [1, null, { "c": -0.25 }] }));
+        comes_back(&Some("null".to_owned()));
+        comes_back(&(u64::MAX, i64::MIN, 'x', true, vec![None, Some(7)]));
+        comes_back(&Shape::Nothing);
+        comes_back(&Shape::Wrapped(None));
+        comes_back(&Shape::Pair(0, None));
+        comes_back(&Shape::Named { at: Some(-0.0), list: vec![None, Some(0)] });
     }
 
     #[test]
