@@ -157,6 +157,8 @@ impl Cache {
 mod tests {
     use std::sync::Arc;
 
+    use devstack::proxy::{FaultProxy, Mode};
+
     use super::*;
     use crate::cache::CacheConfig;
     use crate::{Json, Redis, RedisConfig};
@@ -187,5 +189,110 @@ mod tests {
     #[tokio::test]
     async fn a_reader_who_came_before_the_fill_was_sent_gets_its_value() {
         assert_eq!(value_after_landing(true).await, 1);
+    }
+
+    const SOON: Duration = Duration::from_secs(20);
+
+    /// Long enough to do something while an answer is on its way.
+    const UNDER_WAY: Duration = Duration::from_millis(700);
+
+    /// A cache behind a proxy, whose requests are given up after a while.
+    struct Bed {
+        server: devstack::Redis,
+        proxy: FaultProxy,
+        cache: Cache,
+        key: CacheKey,
+    }
+
+    impl Bed {
+        async fn new() -> Self {
+            let server = devstack::Redis::start_alone(devstack::RedisOptions::default()).await.unwrap();
+            let proxy = FaultProxy::start(server.address()).await.unwrap();
+            let url = server.url_through(&proxy);
+            let config = RedisConfig { url, pool_size: 1, ..RedisConfig::default() };
+            let redis = Redis::new(RedisConfig { response_timeout: UNDER_WAY * 5, ..config }).unwrap();
+            redis.ping().await.unwrap();
+            let config = CacheConfig { redis_timeout: UNDER_WAY * 4, ..CacheConfig::default() };
+            let key = CacheKey::new("k").unwrap();
+            let bed = Self { server, proxy, cache: Cache::new(redis, config), key };
+            // Redis knows the scripts from now on, so that each step is one round trip.
+            bed.miss(0).await;
+            bed.invalidate().await;
+            bed
+        }
+
+        /// Reads after a miss; the own load finds `loaded`.
+        async fn miss(&self, loaded: u32) -> u32 {
+            let options = Options::<Json>::default();
+            let load = async || Ok::<_, std::convert::Infallible>(Loaded::new(loaded));
+            let Ok(value) = self.cache.miss(&self.key, &options, Miss::Absent, load).await;
+            value
+        }
+
+        /// As [`miss`](Self::miss), and `during` runs while the value is being loaded.
+        async fn miss_while(&self, loaded: u32, during: impl AsyncFnOnce()) -> u32 {
+            let options = Options::<Json>::default();
+            let load = async || {
+                during().await;
+                Ok::<_, std::convert::Infallible>(Loaded::new(loaded))
+            };
+            let Ok(value) = self.cache.miss(&self.key, &options, Miss::Absent, load).await;
+            value
+        }
+
+        async fn invalidate(&self) {
+            self.server.command(&["DEL", "k", "\u{1f}g{k}"]).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn an_accepted_fill_is_not_shared_with_readers_who_came_after_it_was_sent() {
+        let bed = Bed::new().await;
+        let leader = bed.miss_while(1, async || bed.proxy.set_mode(Mode::Delay(UNDER_WAY)));
+        let late = async {
+            let is_stored = async || bed.server.command(&["EXISTS", "k"]).await.unwrap() == "1";
+            devstack::eventually(SOON, is_stored).await;
+            // A commit, before the leader hears that its fill was accepted.
+            bed.invalidate().await;
+            bed.miss(2).await
+        };
+        assert_eq!(tokio::join!(leader, late), (1, 2));
+    }
+
+    #[tokio::test]
+    async fn a_value_found_on_asking_is_not_shared_with_readers_who_came_after_the_question() {
+        let bed = Bed::new().await;
+        bed.server.command(&["SET", "k", "1"]).await.unwrap();
+        bed.server.command(&["CONFIG", "RESETSTAT"]).await.unwrap();
+        bed.proxy.set_mode(Mode::Delay(UNDER_WAY));
+        let late = async {
+            let was_asked = async || {
+                let statistics = bed.server.command(&["INFO", "commandstats"]).await.unwrap();
+                statistics.contains("cmdstat_evalsha")
+            };
+            devstack::eventually(SOON, was_asked).await;
+            bed.invalidate().await;
+            bed.miss(2).await
+        };
+        assert_eq!(tokio::join!(bed.miss(3), late), (1, 2));
+    }
+
+    #[tokio::test]
+    async fn a_fill_without_an_answer_is_not_shared_with_readers_who_came_during_the_load() {
+        let bed = Bed::new().await;
+        let (is_loading, has_follower) = (tokio::sync::Notify::new(), tokio::sync::Notify::new());
+        let leader = bed.miss_while(1, async || {
+            is_loading.notify_one();
+            has_follower.notified().await;
+            bed.proxy.set_mode(Mode::DropToServer);
+        });
+        let late = async {
+            is_loading.notified().await;
+            let mut reader = std::pin::pin!(bed.miss(2));
+            assert!(futures::poll!(reader.as_mut()).is_pending());
+            has_follower.notify_one();
+            reader.await
+        };
+        assert_eq!(tokio::join!(leader, late), (1, 2));
     }
 }
