@@ -97,10 +97,11 @@ async fn commit(tx: Transaction<'_, Postgres>, limit: Duration) -> Result<(), Co
 /// for a standby answers `FATAL`, and has committed.
 fn is_refusal(error: &sqlx::Error) -> bool {
     let answer = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>());
-    answer.is_some_and(|answer| {
-        answer.severity() == PgSeverity::Error
-            && !UNCERTAIN.iter().any(|class| answer.code().starts_with(class))
-    })
+    answer.is_some_and(|answer| means_refusal(answer.severity(), answer.code()))
+}
+
+fn means_refusal(severity: PgSeverity, code: &str) -> bool {
+    severity == PgSeverity::Error && !UNCERTAIN.iter().any(|class| code.starts_with(class))
 }
 
 /// The keys that can be told to the cache by name. Namespaces are left to the event.
@@ -110,4 +111,39 @@ fn exact_keys(event: &Event) -> &[CacheKey] {
 
 fn timed_out() -> sqlx::Error {
     sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn only_an_error_that_leaves_the_session_alive_means_that_nothing_was_committed() {
+        // Unique, foreign key, exclusion, raised in a deferred trigger, serialization, deadlock, cancelled, failed before.
+        for code in ["23505", "23503", "23P01", "P0001", "40001", "40P01", "57014", "25P02"] {
+            assert!(means_refusal(PgSeverity::Error, code), "{code}");
+            for severity in [PgSeverity::Fatal, PgSeverity::Panic, PgSeverity::Warning, PgSeverity::Notice] {
+                assert!(!means_refusal(severity, code), "{severity:?} {code}");
+            }
+        }
+        // Connection lost, completion unknown, shutdown, I/O, internal, and what poolers answer when the server is gone.
+        for code in [
+            "08006", "08P01", "08000", "40003", "57P01", "57P02", "57P03", "57P05", "58030", "58000", "XX000",
+        ] {
+            assert!(!means_refusal(PgSeverity::Error, code), "{code}");
+        }
+    }
+
+    #[test]
+    fn a_lost_connection_means_nothing() {
+        let lost = [io::ErrorKind::ConnectionReset, io::ErrorKind::UnexpectedEof, io::ErrorKind::BrokenPipe];
+        for kind in lost {
+            assert!(!is_refusal(&sqlx::Error::Io(kind.into())), "{kind:?}");
+        }
+        assert!(!is_refusal(&timed_out()) && !is_refusal(&sqlx::Error::PoolClosed));
+        assert!(!is_refusal(&sqlx::Error::Protocol("garbage".to_owned())));
+        assert!(!is_refusal(&sqlx::Error::WorkerCrashed));
+    }
 }
