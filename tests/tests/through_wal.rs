@@ -81,8 +81,9 @@ async fn after_the_switch_no_event_leaves_a_row_and_all_arrive_through_the_log()
     // A writer that dies after its commit: the event alone removes the mark.
     let mut tx = pair.pool.begin().await.unwrap();
     let events = [delete("strict:2")];
-    let receipts = outbox::enqueue_all(&mut tx, &events).await.unwrap();
-    let marks = outbox::Marks::new(cache.clone(), &events, receipts[0].xid);
+    outbox::enqueue_all(&mut tx, &events).await.unwrap();
+    let transaction = outbox::transaction_id(&mut tx).await.unwrap();
+    let marks = outbox::Marks::new(cache.clone(), &events, transaction);
     marks.set(SETTLED).await.unwrap();
     tx.commit().await.unwrap();
     let key = CacheKey::new("strict:2").unwrap();

@@ -63,6 +63,7 @@ fn deletes(batch: usize) -> anyhow::Result<Vec<CommittedEvent>> {
                 keys: vec![CacheKey::new(format!("user:{batch}:{n}:profile"))?],
                 change: Change::Delete,
                 xids: vec![n as u64],
+                history: None,
                 at_us: 0,
                 traceparent: None,
             })

@@ -3,6 +3,7 @@
 mod cache;
 mod codec;
 mod error;
+mod mark;
 pub mod metrics;
 mod names;
 pub mod protocol;
@@ -14,8 +15,9 @@ mod work;
 pub use cache::{Cache, CacheConfig, Loaded, Options};
 pub use codec::{Codec, CodecError, Json, Raw};
 pub use error::RedisError;
+pub use mark::Mark;
 pub use redis::{
-    Acquired, Applied, EvictionPolicy, Fill, Instance, LeaseId, LeaseToken, MAX_STALE, Masters, Redis,
-    RedisConfig, RedisTls,
+    Acquired, Applied, EvictionPolicy, Fill, Instance, LeaseId, LeaseToken, MAX_STALE, Masters, OldMark,
+    OldMarks, Redis, RedisConfig, RedisTls,
 };
 pub use work::Work;

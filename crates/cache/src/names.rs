@@ -90,7 +90,7 @@ pub(crate) enum Shard {
 }
 
 impl Shard {
-    /// Registry of marks: a sorted set of `<xid>:<key>` by the time of the mark in ms. Never with a TTL.
+    /// Registry of marks: a sorted set of `<mark>:<key>` by the time of the mark in ms. Never with a TTL.
     pub(crate) fn registry(self) -> String {
         self.name("marks")
     }
@@ -106,17 +106,6 @@ impl Shard {
             Self::Slot(slot) => format!("\u{1f}{what}{{{}}}", tag_in(slot)),
         }
     }
-}
-
-/// The member of a registry for the mark of transaction `xid` on `key`.
-pub(crate) fn registry_member(key: &str, xid: u64) -> String {
-    format!("{xid}:{key}")
-}
-
-/// Key and transaction of a registry's member.
-pub(crate) fn parse_registry_member(member: &str) -> Option<(&str, u64)> {
-    let (xid, key) = member.split_once(':')?;
-    Some((key, xid.parse().ok()?))
 }
 
 /// How far a subscriber's durable consumer has come.
@@ -201,12 +190,6 @@ mod tests {
                 let text = String::from_utf8(name(sibling)).unwrap();
                 prop_assert!(event::CacheKey::new(text).is_err());
             }
-        }
-
-        #[test]
-        fn a_registry_member_names_its_key_and_transaction(key in any_key(), xid in any::<u64>()) {
-            let member = registry_member(&key, xid);
-            prop_assert_eq!(parse_registry_member(&member), Some((key.as_str(), xid)));
         }
     }
 

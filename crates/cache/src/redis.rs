@@ -12,6 +12,7 @@ mod lease;
 mod marks;
 mod masters;
 mod moving;
+mod old_marks;
 mod position;
 mod server;
 mod values;
@@ -27,6 +28,7 @@ pub use apply::Applied;
 pub use config::{RedisConfig, RedisTls};
 pub use lease::{Acquired, Fill, LeaseId, LeaseToken, MAX_STALE};
 pub(crate) use moving::SlotIsMoving;
+pub use old_marks::{OldMark, OldMarks};
 pub use server::{EvictionPolicy, Instance, Masters};
 pub(crate) use values::Found;
 

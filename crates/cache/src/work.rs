@@ -1,9 +1,11 @@
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use event::{CacheKey, Change, CommittedEvent};
+use event::{CacheKey, Change, CommittedEvent, TransactionId};
+
+use crate::Mark;
 
 /// What a batch of events asks of the cache: the union of their keys, each once.
 ///
@@ -15,8 +17,8 @@ pub struct Work {
     items: Vec<Item>,
     namespaces: BTreeSet<CacheKey>,
     /// Transactions of all events, one event after the other.
-    xids: Vec<u64>,
-    /// A key, by its position in `items`, and where in `xids` the transactions of an event that names it are.
+    transactions: Vec<TransactionId>,
+    /// A key, by its position in `items`, and where in `transactions` the transactions of an event that names it are.
     named: Vec<(usize, Range<usize>)>,
 }
 
@@ -48,15 +50,16 @@ impl Work {
             self.namespaces.extend(event.keys.iter().cloned());
             return;
         }
-        let first = self.xids.len();
-        self.xids.extend_from_slice(&event.xids);
+        let first = self.transactions.len();
+        let history = event.history;
+        self.transactions.extend(event.xids.iter().map(|&xid| TransactionId { history, xid }));
         for key in &event.keys {
             let at = match &event.change {
                 Change::Delete => self.delete(key),
                 Change::Update { value, version, ttl } => self.update(key, value, *version, *ttl),
                 Change::Namespace => unreachable!("handled above"),
             };
-            self.named.push((at, first..self.xids.len()));
+            self.named.push((at, first..self.transactions.len()));
         }
     }
 
@@ -77,7 +80,7 @@ impl Work {
         self.positions.clear();
         self.items.clear();
         self.namespaces.clear();
-        self.xids.clear();
+        self.transactions.clear();
         self.named.clear();
     }
 
@@ -93,20 +96,32 @@ impl Work {
 
     /// Whether any event says which transaction it belongs to.
     pub(crate) fn has_transactions(&self) -> bool {
-        !self.xids.is_empty()
+        !self.transactions.is_empty()
     }
 
     /// Every key together with each transaction that named it.
-    pub(crate) fn transactions(&self) -> impl Iterator<Item = (&str, u64)> {
-        self.named.iter().flat_map(|(at, xids)| {
+    pub(crate) fn transactions(&self) -> impl Iterator<Item = (&str, TransactionId)> {
+        self.named.iter().flat_map(|(at, transactions)| {
             let key = &*self.items[*at].key;
-            self.xids[xids.clone()].iter().map(move |&xid| (key, xid))
+            self.transactions[transactions.clone()].iter().map(move |&transaction| (key, transaction))
         })
     }
 
-    /// Those of `wanted` that are transactions of this batch.
-    pub(crate) fn transactions_among<'a>(&'a self, wanted: &HashSet<(&str, u64)>) -> Vec<(&'a str, u64)> {
-        self.transactions().filter(|&(key, xid)| wanted.contains(&(key, xid))).collect()
+    /// Those of `marks`, each with its key, that a transaction of this batch has made.
+    pub(crate) fn marks_among<'a>(&self, marks: &[(&'a str, Mark)]) -> Vec<(&'a str, Mark)> {
+        let mut of_keys: HashMap<&str, Vec<TransactionId>> = HashMap::new();
+        for &(key, _) in marks {
+            of_keys.entry(key).or_default();
+        }
+        for (key, transaction) in self.transactions() {
+            if let Some(transactions) = of_keys.get_mut(key) {
+                transactions.push(transaction);
+            }
+        }
+        let is_own = |&&(key, mark): &&(&str, Mark)| {
+            of_keys[key].iter().any(|transaction| transaction.is_also(mark.transaction()))
+        };
+        marks.iter().filter(is_own).copied().collect()
     }
 
     /// Adds the deletion of one key and returns its position.
@@ -146,7 +161,7 @@ mod tests {
     fn committed(keys: &[&str], change: Change, xids: &[u64]) -> CommittedEvent {
         let keys = keys.iter().map(|&key| CacheKey::new(key).unwrap()).collect();
         let (id, xids) = (EventId::generate(), xids.to_vec());
-        CommittedEvent { id, keys, change, xids, at_us: 0, traceparent: None }
+        CommittedEvent { id, keys, change, xids, history: None, at_us: 0, traceparent: None }
     }
 
     fn version(number: i64) -> Change {
@@ -159,7 +174,7 @@ mod tests {
         work.add(&committed(&["a", "b"], Change::Delete, &[1, 2]));
         work.add(&committed(&["b"], Change::Delete, &[3]));
         assert_eq!(work.keys(), 2);
-        let mut transactions: Vec<_> = work.transactions().collect();
+        let mut transactions: Vec<_> = work.transactions().map(|(key, of)| (key, of.xid)).collect();
         transactions.sort_unstable();
         assert_eq!(transactions, [("a", 1), ("a", 2), ("b", 1), ("b", 2), ("b", 3)]);
         work.clear();

@@ -64,6 +64,21 @@ impl Postgres {
         .await
     }
 
+    /// Starts a server in `directory` that has nothing in common with others. The data of all others is copied from one
+    /// template, and with it the system identifier.
+    ///
+    /// # Errors
+    /// As [`start_alone`](Self::start_alone).
+    pub async fn start_unrelated_in(
+        directory: &Arc<StackDirectory>,
+        options: PostgresOptions,
+    ) -> Result<Self> {
+        Self::launch(directory, options, async |binary, data, account| {
+            template::initialize(directory, binary, data, account).await
+        })
+        .await
+    }
+
     /// Starts a server on what `fill` puts into its data directory.
     async fn launch(
         directory: &Arc<StackDirectory>,

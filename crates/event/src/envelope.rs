@@ -7,7 +7,7 @@ use serde::ser::SerializeStruct;
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::event::check_key_count;
-use crate::{CacheKey, Change, EventId, InvalidEvent, Topic, Traceparent};
+use crate::{CacheKey, Change, EventId, History, InvalidEvent, Topic, Traceparent};
 
 /// Version this code writes, and the only one it reads.
 pub const WIRE_VERSION: u64 = 1;
@@ -28,6 +28,9 @@ pub struct CommittedEvent {
     pub change: Change,
     /// Postgres transactions (`xid8`) that made it true.
     pub xids: Vec<u64>,
+    /// The history that all of `xids` belong to, if the relay has said it. Without it the event removes no mark that
+    /// names its history.
+    pub history: Option<History>,
     /// When it was enqueued, in microseconds since the Unix epoch, by the clock of Postgres.
     pub at_us: i64,
     /// Trace it belongs to.
@@ -88,6 +91,8 @@ pub(crate) struct WireEvent {
     update: Option<WireUpdate>,
     #[serde(default)]
     xids: Vec<u64>,
+    /// Text, so that one of another form is no poison: it is then as if it were not there.
+    history: Option<String>,
     at_us: i64,
     traceparent: Option<Traceparent>,
 }
@@ -104,6 +109,8 @@ pub struct CommittedEventRef<'a> {
     /// As in [`CommittedEvent`].
     pub xids: &'a [u64],
     /// As in [`CommittedEvent`].
+    pub history: Option<History>,
+    /// As in [`CommittedEvent`].
     pub at_us: i64,
     /// As in [`CommittedEvent`].
     pub traceparent: Option<&'a Traceparent>,
@@ -112,7 +119,8 @@ pub struct CommittedEventRef<'a> {
 impl Serialize for CommittedEventRef<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let update = WireUpdate::from_change(self.change);
-        let fields = 4 + usize::from(update.is_some()) + usize::from(self.traceparent.is_some());
+        let optional = [update.is_some(), self.history.is_some(), self.traceparent.is_some()];
+        let fields = 4 + optional.into_iter().filter(|is_some| *is_some).count();
         let names = if *self.change == Change::Namespace { "namespaces" } else { "keys" };
         let mut event = serializer.serialize_struct("Event", fields)?;
         event.serialize_field("id", &self.id)?;
@@ -121,6 +129,9 @@ impl Serialize for CommittedEventRef<'_> {
             event.serialize_field("update", update)?;
         }
         event.serialize_field("xids", self.xids)?;
+        if let Some(history) = &self.history {
+            event.serialize_field("history", history)?;
+        }
         event.serialize_field("at_us", &self.at_us)?;
         if let Some(traceparent) = self.traceparent {
             event.serialize_field("traceparent", traceparent)?;
@@ -138,6 +149,7 @@ impl CommittedEvent {
             keys: &self.keys,
             change: &self.change,
             xids: &self.xids,
+            history: self.history,
             at_us: self.at_us,
             traceparent: self.traceparent.as_ref(),
         }
@@ -195,7 +207,7 @@ fn explain(body: &[u8], error: serde_json::Error) -> DecodeError {
 
 impl WireEvent {
     pub(crate) fn checked(self) -> Result<CommittedEvent, DecodeError> {
-        let Self { id, keys, namespaces, update, xids, at_us, traceparent } = self;
+        let Self { id, keys, namespaces, update, xids, history, at_us, traceparent } = self;
         let refused = |reason| DecodeError::InvalidEvent { id, reason };
         let (keys, change) = match (keys, namespaces, update) {
             (Some(keys), None, None) => (keys, Change::Delete),
@@ -204,7 +216,8 @@ impl WireEvent {
             _ => return Err(DecodeError::UnknownChange { id }),
         };
         check_key_count(&keys, &change).map_err(refused)?;
-        Ok(CommittedEvent { id, keys, change, xids, at_us, traceparent })
+        let history = history.and_then(|history| history.parse().ok());
+        Ok(CommittedEvent { id, keys, change, xids, history, at_us, traceparent })
     }
 }
 

@@ -31,6 +31,7 @@ pub fn encode(event: &Event) -> Vec<u8> {
             keys: event.keys(),
             change: event.change(),
             xids: &[],
+            history: None,
             at_us: 0,
             traceparent: event.traceparent(),
         },
@@ -46,6 +47,7 @@ pub fn decode(content: &[u8], xid: u64, at_us: i64) -> Result<(Topic, CommittedE
     let Read { topic, event } = serde_json::from_slice(content).map_err(DecodeError::Malformed)?;
     let mut event = event.checked()?;
     event.xids = vec![xid];
+    event.history = None;
     event.at_us = at_us;
     Ok((topic, event))
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::Topic;
+use crate::{Topic, TransactionId};
 
 /// The stream that carries envelopes.
 pub const STREAM: &str = "INVALIDATIONS";
@@ -77,10 +77,12 @@ pub struct CoverageReply {
 }
 
 /// Asked by a subscriber that finds marks whose writer has left them behind: how did these transactions end?
+///
+/// A relay that does not know this form does not answer, rather than speak of transactions of its own.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OutcomeRequest {
-    /// Transaction ids (`xid8`), at most [`MAX_OUTCOMES`].
-    pub xids: Vec<u64>,
+    /// At most [`MAX_OUTCOMES`].
+    pub transactions: Vec<TransactionId>,
 }
 
 /// A relay's answer to [`OutcomeRequest`].
@@ -100,6 +102,8 @@ pub enum Outcome {
     Aborted,
     /// Still open, or its commit is not visible yet.
     InProgress,
+    /// It belongs to another database, or to a timeline that the relay's server does not continue.
+    OtherHistory,
 }
 
 #[cfg(test)]

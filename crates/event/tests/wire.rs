@@ -5,7 +5,8 @@
 use std::time::Duration;
 
 use event::{
-    CacheKey, Change, CommittedEvent, DecodeError, Envelope, EnvelopeWriter, EventId, Topic, Traceparent,
+    CacheKey, Change, CommittedEvent, DecodeError, Envelope, EnvelopeWriter, EventId, History, Topic,
+    Traceparent,
 };
 use proptest::prelude::*;
 
@@ -17,12 +18,13 @@ fn event(keys: &[&str], change: Change) -> CommittedEvent {
         keys: keys.iter().map(|key| CacheKey::new(*key).unwrap()).collect(),
         change,
         xids: vec![731, 733],
+        history: None,
         at_us: 1_767_225_600_000_000,
         traceparent: None,
     }
 }
 
-fn golden() -> [(&'static str, Envelope); 4] {
+fn golden() -> [(&'static str, Envelope); 5] {
     let traced = CommittedEvent {
         traceparent: Some(
             Traceparent::new("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01").unwrap(),
@@ -44,10 +46,28 @@ fn golden() -> [(&'static str, Envelope); 4] {
             Envelope { events: vec![event(&["user:123:profile"], update)] },
         ),
         (
+            include_str!("golden/v1-history.json"),
+            Envelope {
+                events: vec![CommittedEvent {
+                    history: Some("d4f0a8b3c21.3".parse().unwrap()),
+                    ..event(&["user:123:profile"], Change::Delete)
+                }],
+            },
+        ),
+        (
             include_str!("golden/v1-namespace.json"),
             Envelope { events: vec![event(&["user:", "{tenant}:"], Change::Namespace)] },
         ),
     ]
+}
+
+#[test]
+fn a_history_of_another_form_is_as_if_it_were_not_there() {
+    let (_, envelope) = &golden()[3];
+    let body = String::from_utf8(envelope.encode()).unwrap();
+    let other = body.replace("\"history\":\"d", "\"history\":\"e");
+    assert_ne!(other, body);
+    assert_eq!(Envelope::decode(other.as_bytes()).unwrap().events[0].history, None);
 }
 
 #[test]
@@ -150,15 +170,22 @@ fn any_change() -> impl Strategy<Value = Change> {
 }
 
 fn any_event() -> impl Strategy<Value = CommittedEvent> {
-    (any::<u128>(), "\\PC{1,40}", any_change(), proptest::collection::vec(any::<u64>(), 0..4), any::<i64>())
-        .prop_map(|(id, key, change, xids, at_us)| CommittedEvent {
+    let transactions = (proptest::collection::vec(any::<u64>(), 0..4), any::<Option<(u32, u32)>>());
+    (any::<u128>(), "\\PC{1,40}", any_change(), transactions, any::<i64>()).prop_map(
+        |(id, key, change, (xids, history), at_us)| CommittedEvent {
             id: EventId(uuid_from(id)),
             keys: vec![CacheKey::new(key).unwrap()],
             change,
             xids,
+            history: history.map(any_history),
             at_us,
             traceparent: None,
-        })
+        },
+    )
+}
+
+fn any_history((database, timeline): (u32, u32)) -> History {
+    format!("d{database:010x}.{timeline}").parse().unwrap()
 }
 
 fn uuid_from(id: u128) -> uuid::Uuid {

@@ -1,12 +1,15 @@
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use event::{CacheKey, Change, CommittedEvent, EventId, InvalidEvent, Topic, Traceparent, check_key_count};
+use event::{
+    CacheKey, Change, CommittedEvent, EventId, HISTORY_SQL, InvalidEvent, Topic, Traceparent, check_key_count,
+};
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, PgPool, Postgres, Row, Transaction};
 use uuid::Uuid;
 
-use crate::enqueue::update_columns;
+use crate::enqueue::{read_history, update_columns};
 use crate::statement::{BEGIN, whole};
 
 /// How to claim.
@@ -79,7 +82,12 @@ pub(crate) const PLANNER: &str =
 ///
 /// Rows are deleted by physical address, which the row lock pins: no second descent of the index. Of the locked rows only
 /// those are taken that fit the byte budget, and always the first; the others are free again at the end of the claim.
-pub(crate) const TAKE: &str = "
+///
+/// The history is the same for all rows, and evaluated once. A row that was written before the server was promoted gets
+/// the server's new history, which continues that of its transaction.
+pub(crate) static TAKE: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "
     delete from outbox.events
     where ctid = any(array(
         select ctid from (
@@ -91,7 +99,9 @@ pub(crate) const TAKE: &str = "
     returning seq, id, topic,
         case when array_ndims(keys) = 1 and array_lower(keys, 1) = 1 then keys else array(select unnest(keys)) end,
         value, version, ttl_ms, xid::text::bigint, traceparent,
-        least(greatest(created_at, timestamptz 'epoch'), clock_timestamp()), namespace";
+        least(greatest(created_at, timestamptz 'epoch'), clock_timestamp()), namespace, {HISTORY_SQL}"
+    )
+});
 
 /// How long [`wait_for_events`] stays in the server when nothing comes: short enough for a relay that is to drain or to
 /// sweep, and long enough to cost next to nothing.
@@ -131,7 +141,7 @@ impl Claim {
         let lease_ms = lease.as_millis().max(1);
         let begin = format!("{BEGIN}; {PLANNER}; set local idle_in_transaction_session_timeout = {lease_ms}");
         let mut tx = pool.begin_with(AssertSqlSafe(begin)).await?;
-        let rows = sqlx::query(TAKE)
+        let rows = sqlx::query(AssertSqlSafe(TAKE.as_str()))
             .persistent(options.prepared)
             .bind(options.from_seq)
             .bind(options.limit)
@@ -140,9 +150,13 @@ impl Claim {
             .await?;
         let mut claimed = Vec::with_capacity(rows.len());
         let mut poison = Vec::new();
+        let history = rows.first().map(|row| read_history(row, 11)).transpose()?;
         for row in rows {
             match Columns::read(&row)?.into_claimed() {
-                Ok(event) => claimed.push(event),
+                Ok(mut row) => {
+                    row.event.history = history;
+                    claimed.push(row);
+                }
                 Err(row) => poison.push(*row),
             }
         }
@@ -275,6 +289,7 @@ impl Columns {
             keys: self.keys.iter().enumerate().map(key).collect::<Result<_, _>>()?,
             change: self.change()?,
             xids: vec![self.xid],
+            history: None,
             at_us: self.created_at.timestamp_micros(),
             traceparent: self.traceparent.as_deref().map(Traceparent::new).transpose()?,
         };

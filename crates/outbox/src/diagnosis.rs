@@ -79,7 +79,7 @@ pub async fn facts(pool: &PgPool) -> Result<Facts, sqlx::Error> {
 /// The plan of the claim, under the settings of a claim.
 async fn claim_plan(pool: &PgPool) -> Result<Vec<String>, sqlx::Error> {
     let mut tx = pool.begin_with(AssertSqlSafe(format!("begin; {PLANNER}"))).await?;
-    let rows = sqlx::query(AssertSqlSafe(format!("explain (costs off) {TAKE}")))
+    let rows = sqlx::query(AssertSqlSafe(format!("explain (costs off) {}", *TAKE)))
         .persistent(false)
         .bind(0_i64)
         .bind(1000_i64)

@@ -1,9 +1,11 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use event::{Change, Event, EventId, log_event};
+use event::{Change, Event, EventId, HISTORY_SQL, History, InvalidHistory, TransactionId, log_event};
 use sqlx::postgres::PgRow;
-use sqlx::{Postgres, Row, Transaction};
+use sqlx::{AssertSqlSafe, Postgres, Row, Transaction};
 use uuid::Uuid;
+
+use crate::statement::whole;
 
 /// A Postgres transaction id that never wraps around (`xid8`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -130,34 +132,11 @@ pub async fn enqueue_all(
     tx: &mut Transaction<'_, Postgres>,
     events: &[Event],
 ) -> Result<Vec<Receipt>, EnqueueError> {
-    if events.is_empty() {
-        return Ok(Vec::new());
-    }
-    if THROUGH_LOG.load(Ordering::Relaxed) {
-        return enqueue_through_wal(tx, events).await;
-    }
-    let mut columns = Columns::with_capacity(events.len());
-    events.iter().for_each(|event| columns.push(event));
-    let rows = sqlx::query(
-        "insert into outbox.events (id, topic, keys, value, version, ttl_ms, traceparent, namespace)
-         select u.id, u.topic, u.keys::text[], u.value, u.version, u.ttl_ms, u.traceparent, u.namespace
-         from unnest($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::bigint[], $6::bigint[], $7::text[], $8::bool[])
-             with ordinality as u (id, topic, keys, value, version, ttl_ms, traceparent, namespace, ordinal)
-         order by u.ordinal
-         returning id, xid::text::bigint, seq",
-    )
-    .persistent(PREPARED.load(Ordering::Relaxed))
-    .bind(columns.ids)
-    .bind(columns.topics)
-    .bind(columns.keys)
-    .bind(columns.values)
-    .bind(columns.versions)
-    .bind(columns.ttls_ms)
-    .bind(columns.traceparents)
-    .bind(columns.namespaces)
-    .fetch_all(&mut **tx)
-    .await?;
-    rows.iter().map(receipt).collect()
+    let rows = match THROUGH_LOG.load(Ordering::Relaxed) {
+        true => write_to_log(tx, events, "").await?,
+        false => insert(tx, events, "").await?,
+    };
+    receipts(&rows)
 }
 
 /// What [`enqueue_all`] does after [`through_wal`], for one call: writes events to the write-ahead log alone, as part of
@@ -169,21 +148,105 @@ pub async fn enqueue_through_wal(
     tx: &mut Transaction<'_, Postgres>,
     events: &[Event],
 ) -> Result<Vec<Receipt>, EnqueueError> {
-    let rows = sqlx::query(
-        "select pg_current_xact_id()::text::bigint,
-                (pg_logical_emit_message(true, $1, u.content) - '0/0'::pg_lsn)::bigint
-         from unnest($2::bytea[]) u (content)",
-    )
-    .persistent(PREPARED.load(Ordering::Relaxed))
-    .bind(log_event::PREFIX)
-    .bind(events.iter().map(log_event::encode).collect::<Vec<_>>())
-    .fetch_all(&mut **tx)
-    .await?;
-    let receipt = |(row, event): (&PgRow, &Event)| {
-        let xid = Xid(row.try_get::<i64, _>(0)?.cast_unsigned());
-        Ok(Receipt { event_id: event.id(), xid, seq: row.try_get(1)? })
+    receipts(&write_to_log(tx, events, "").await?)
+}
+
+/// As [`enqueue_all`], for a writer that marks: the same statement also says which history the transaction belongs to.
+/// `None` if there are no events.
+#[cfg(feature = "cache")]
+pub(crate) async fn enqueue_and_identify(
+    tx: &mut Transaction<'_, Postgres>,
+    events: &[Event],
+) -> Result<(Vec<Receipt>, Option<TransactionId>), EnqueueError> {
+    let history = format!(", {HISTORY_SQL}");
+    let rows = match THROUGH_LOG.load(Ordering::Relaxed) {
+        true => write_to_log(tx, events, &history).await?,
+        false => insert(tx, events, &history).await?,
     };
-    rows.iter().zip(events).map(receipt).collect()
+    let receipts = receipts(&rows)?;
+    let identify = |(row, receipt): (&PgRow, &Receipt)| {
+        let history = Some(read_history(row, 3)?);
+        Ok::<_, EnqueueError>(TransactionId { history, xid: receipt.xid.0 })
+    };
+    let transaction = rows.first().zip(receipts.first()).map(identify).transpose()?;
+    Ok((receipts, transaction))
+}
+
+/// Says which transaction this is and which history it belongs to, for [`Marks`](crate::Marks). One statement. Assigns an
+/// id to the transaction if it has none yet.
+///
+/// # Errors
+/// Whatever the database says. Not cancel-safe: after a cancelled call roll the transaction back.
+pub async fn transaction_id(tx: &mut Transaction<'_, Postgres>) -> Result<TransactionId, sqlx::Error> {
+    let sql = format!("select pg_current_xact_id()::text::bigint, {HISTORY_SQL}");
+    let row = whole(sql).fetch_one(&mut **tx).await?;
+    let xid = row.try_get::<i64, _>(0)?.cast_unsigned();
+    Ok(TransactionId { history: Some(read_history(&row, 1)?), xid })
+}
+
+pub(crate) fn read_history(row: &PgRow, column: usize) -> Result<History, sqlx::Error> {
+    let history: &str = row.try_get(column)?;
+    history.parse().map_err(|error: InvalidHistory| sqlx::Error::Decode(error.into()))
+}
+
+/// Inserts into the table. Each row of the answer is a receipt, and then what `also` asks for.
+async fn insert(
+    tx: &mut Transaction<'_, Postgres>,
+    events: &[Event],
+    also: &str,
+) -> Result<Vec<PgRow>, sqlx::Error> {
+    if events.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut columns = Columns::with_capacity(events.len());
+    events.iter().for_each(|event| columns.push(event));
+    let sql = format!(
+        "insert into outbox.events (id, topic, keys, value, version, ttl_ms, traceparent, namespace)
+         select u.id, u.topic, u.keys::text[], u.value, u.version, u.ttl_ms, u.traceparent, u.namespace
+         from unnest($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::bigint[], $6::bigint[], $7::text[], $8::bool[])
+             with ordinality as u (id, topic, keys, value, version, ttl_ms, traceparent, namespace, ordinal)
+         order by u.ordinal
+         returning id, xid::text::bigint, seq{also}"
+    );
+    sqlx::query(AssertSqlSafe(sql))
+        .persistent(PREPARED.load(Ordering::Relaxed))
+        .bind(columns.ids)
+        .bind(columns.topics)
+        .bind(columns.keys)
+        .bind(columns.values)
+        .bind(columns.versions)
+        .bind(columns.ttls_ms)
+        .bind(columns.traceparents)
+        .bind(columns.namespaces)
+        .fetch_all(&mut **tx)
+        .await
+}
+
+/// Writes to the log. Answers as [`insert`] does, with the position in the log in the place of `seq`.
+async fn write_to_log(
+    tx: &mut Transaction<'_, Postgres>,
+    events: &[Event],
+    also: &str,
+) -> Result<Vec<PgRow>, sqlx::Error> {
+    if events.is_empty() {
+        return Ok(Vec::new());
+    }
+    let sql = format!(
+        "select u.id, pg_current_xact_id()::text::bigint,
+                (pg_logical_emit_message(true, $1, u.content) - '0/0'::pg_lsn)::bigint{also}
+         from unnest($2::uuid[], $3::bytea[]) u (id, content)"
+    );
+    sqlx::query(AssertSqlSafe(sql))
+        .persistent(PREPARED.load(Ordering::Relaxed))
+        .bind(log_event::PREFIX)
+        .bind(events.iter().map(|event| event.id().0).collect::<Vec<_>>())
+        .bind(events.iter().map(log_event::encode).collect::<Vec<_>>())
+        .fetch_all(&mut **tx)
+        .await
+}
+
+fn receipts(rows: &[PgRow]) -> Result<Vec<Receipt>, EnqueueError> {
+    rows.iter().map(receipt).collect()
 }
 
 /// Events turned on their side, one array per column; the keys of an event are an array literal, since Postgres cannot

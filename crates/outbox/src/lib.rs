@@ -20,8 +20,8 @@ pub use claim::{Claim, ClaimOptions, Claimed, Poison, wait_for_events};
 #[cfg(feature = "cache")]
 pub use commit::{CommitError, CommitLimits, Committed, Marks, Writer};
 pub use enqueue::{
-    EnqueueError, Receipt, Xid, enqueue, enqueue_all, enqueue_through_wal, through_wal,
+    EnqueueError, Receipt, Xid, enqueue, enqueue_all, enqueue_through_wal, through_wal, transaction_id,
     without_prepared_statements,
 };
-pub use event::{CacheKey, Event, EventId, InvalidEvent, Topic, Traceparent};
+pub use event::{CacheKey, Event, EventId, History, InvalidEvent, Topic, Traceparent, TransactionId};
 pub use migrate::{MigrateError, SchemaState, migrate, schema_state};

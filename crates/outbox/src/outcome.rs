@@ -1,9 +1,11 @@
 //! How transactions ended, as far as new snapshots are concerned: what decides whether a mark may go.
 
 use event::nats::Outcome;
-use sqlx::{PgPool, Row};
+use event::{HISTORY_SQL, History, TransactionId};
+use sqlx::postgres::PgRow;
+use sqlx::{PgPool, Row, ValueRef};
 
-use crate::Xid;
+use crate::enqueue::read_history;
 use crate::statement::whole;
 
 /// Numbers used up at most per question to find out whether Postgres has assigned a transaction id: a tenth of a second.
@@ -19,6 +21,14 @@ pub enum OutcomeError {
     /// A standby lags: it may not know of a transaction that is about to commit on the primary.
     #[error("the server is in recovery; only a primary knows what is in progress")]
     Standby,
+    /// The connections lead to one server now and to another the next moment.
+    #[error("the database was {before} and is {after} now; asked again, it answers")]
+    Moved {
+        /// The history it had at first.
+        before: History,
+        /// The history it has now.
+        after: History,
+    },
     /// Whatever the database says.
     #[error("could not look up the outcome of transactions")]
     Database(#[from] sqlx::Error),
@@ -28,45 +38,53 @@ pub enum OutcomeError {
 /// (as long as a synchronous standby takes), and in old minor releases in general, `pg_xact_status` says `committed` of a
 /// transaction that new snapshots do not see. It is evaluated after the snapshot was taken, and raises an error for
 /// ids that were never assigned, so it is asked only about what the snapshot sees.
-fn look(xids: &[Xid]) -> String {
-    let ids: Vec<String> = xids.iter().map(Xid::to_string).collect();
+fn look(transactions: &[TransactionId]) -> String {
+    let ids: Vec<String> = transactions.iter().map(|transaction| transaction.xid.to_string()).collect();
     format!(
         "
-    select pg_is_in_recovery(), x.xid < pg_snapshot_xmax(s.snapshot), pg_visible_in_snapshot(x.xid, s.snapshot),
+    select s.history, x.xid < pg_snapshot_xmax(s.snapshot), pg_visible_in_snapshot(x.xid, s.snapshot),
            case when pg_visible_in_snapshot(x.xid, s.snapshot) then pg_xact_status(x.xid) end
-    from (select pg_current_snapshot() as snapshot) s,
+    from (select pg_current_snapshot() as snapshot, {HISTORY_SQL} as history) s,
          (select id::xid8 as xid, n from unnest('{{{}}}'::text[]) with ordinality ids (id, n)) x
     order by x.n",
         ids.join(",")
     )
 }
 
-/// Says how each of `xids`, top-level transactions of this server, ended. In the order of the question.
+/// Says how each of `transactions`, top-level ones, ended. In the order of the question.
 ///
+/// - A transaction of another history is none of this database's ([`Outcome::OtherHistory`]): its id means another
+///   transaction here. The history is looked up together with the answer, so it is the server's own at that moment. A
+///   transaction without a history counts as one of this database.
 /// - A prepared transaction is in progress.
 /// - A transaction so old that Postgres has forgotten its outcome has ended, and counts as committed.
-/// - An id that this server has not assigned was assigned in a history that a crash, failover or restore has lost: its
+/// - An id that this server has not assigned was assigned in a past that a crash, failover or restore has lost: its
 ///   transaction will never commit, but its id will be used again. A few ids ahead (a crash loses those whose record
 ///   was not written) the answer is `in progress` until the server has gone past it, to which this question
 ///   contributes by using up ids; far ahead it is `aborted`.
 ///
 /// # Errors
 /// [`OutcomeError`]. Cancel-safe.
-pub async fn outcomes(pool: &PgPool, xids: &[Xid]) -> Result<Vec<Outcome>, OutcomeError> {
-    let rows = whole(look(xids)).fetch_all(pool).await?;
-    let mut outcomes = Vec::with_capacity(xids.len());
+pub async fn outcomes(pool: &PgPool, transactions: &[TransactionId]) -> Result<Vec<Outcome>, OutcomeError> {
+    let rows = whole(look(transactions)).fetch_all(pool).await?;
+    let mut outcomes = Vec::with_capacity(transactions.len());
     let mut beyond = Vec::new();
-    for (row, xid) in rows.iter().zip(xids) {
-        if row.try_get(0)? {
-            return Err(OutcomeError::Standby);
+    let mut history = None;
+    for (row, transaction) in rows.iter().zip(transactions) {
+        let own = own_history(row, 0)?;
+        history = Some(own);
+        if transaction.history.is_some_and(|its| !own.continues(its)) {
+            outcomes.push(Outcome::OtherHistory);
+            continue;
         }
         if !row.try_get::<bool, _>(1)? {
-            beyond.push((outcomes.len(), xid.0));
+            beyond.push((outcomes.len(), transaction.xid));
         }
         outcomes.push(judge(row.try_get(2)?, row.try_get(3)?));
     }
-    if let Some(highest) = beyond.iter().map(|(_, xid)| *xid).max() {
-        let assigned = go_towards(pool, highest).await?;
+    let highest = beyond.iter().map(|(_, xid)| *xid).max();
+    if let (Some(history), Some(highest)) = (history, highest) {
+        let assigned = go_towards(pool, history, highest).await?;
         for (at, xid) in beyond {
             if is_lost(xid, assigned) {
                 outcomes[at] = Outcome::Aborted;
@@ -74,6 +92,13 @@ pub async fn outcomes(pool: &PgPool, xids: &[Xid]) -> Result<Vec<Outcome>, Outco
         }
     }
     Ok(outcomes)
+}
+
+fn own_history(row: &PgRow, column: usize) -> Result<History, OutcomeError> {
+    match row.try_get_raw(column)?.is_null() {
+        true => Err(OutcomeError::Standby),
+        false => Ok(read_history(row, column)?),
+    }
 }
 
 fn judge(visible: bool, status: Option<&str>) -> Outcome {
@@ -90,10 +115,15 @@ fn is_lost(xid: u64, assigned: u64) -> bool {
 
 /// Uses up ids until `xid` is assigned, at most [`MAX_PROBES`], and returns the last one. Ids that are beyond the
 /// snapshot because their transaction is the newest are passed by the first.
-async fn go_towards(pool: &PgPool, xid: u64) -> Result<u64, sqlx::Error> {
+async fn go_towards(pool: &PgPool, history: History, xid: u64) -> Result<u64, OutcomeError> {
     let mut assigned = 0;
+    let sql = format!("select pg_current_xact_id()::text::bigint, {HISTORY_SQL}");
     for _ in 0..MAX_PROBES {
-        let row = whole("select pg_current_xact_id()::text::bigint").fetch_one(pool).await?;
+        let row = whole(sql.as_str()).fetch_one(pool).await?;
+        let now = own_history(&row, 1)?;
+        if now != history {
+            return Err(OutcomeError::Moved { before: history, after: now });
+        }
         assigned = row.try_get::<i64, _>(0)?.cast_unsigned();
         if assigned >= xid || is_lost(xid, assigned) {
             break;

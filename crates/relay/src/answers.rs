@@ -8,7 +8,7 @@ use event::nats::{
 use futures::{StreamExt, stream};
 use metrics::counter;
 use outbox::republication::{Refill, refill};
-use outbox::{Xid, outcome};
+use outbox::{TransactionId, outcome};
 use serde_json::Value;
 use service::nats::Nats;
 use service::{Report, Shutdown};
@@ -90,6 +90,6 @@ async fn refilled(pool: &PgPool, created: DateTime<Utc>, missing: Missing) -> Re
 }
 
 async fn outcomes(pool: &PgPool, question: OutcomeRequest) -> anyhow::Result<OutcomeReply> {
-    let xids: Vec<Xid> = question.xids.into_iter().take(MAX_OUTCOMES).map(Xid).collect();
-    Ok(OutcomeReply { outcomes: within(PATIENCE, outcome::outcomes(pool, &xids)).await? })
+    let asked: Vec<TransactionId> = question.transactions.into_iter().take(MAX_OUTCOMES).collect();
+    Ok(OutcomeReply { outcomes: within(PATIENCE, outcome::outcomes(pool, &asked)).await? })
 }

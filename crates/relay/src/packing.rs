@@ -157,6 +157,7 @@ impl<'a> Entry<'a> {
             keys,
             change: &event.change,
             xids: self.xids.as_deref().unwrap_or(&event.xids),
+            history: event.history,
             at_us: self.at_us,
             traceparent: event.traceparent.as_ref(),
         }
@@ -232,6 +233,7 @@ mod tests {
             keys: keys.iter().map(|key| CacheKey::new(*key).unwrap()).collect(),
             change: Change::Delete,
             xids: vec![xid],
+            history: None,
             at_us: 1_000 + seq,
             traceparent: None,
         };

@@ -41,7 +41,8 @@ metrics! {
     describe_counter GAPS = "subscriber_gaps_total", Count, "Times invalidations were missing from the stream for good, by policy";
     describe_gauge HALTED = "subscriber_halted", Count, "1 while nothing is consumed because of such a gap, until an operator decides";
     describe_counter MARKS_RESOLVED = "subscriber_marks_resolved_total", Count, "Marks removed that their writers had left behind, by outcome of the transaction: committed or aborted";
-    describe_gauge ORPHAN_MARKS = "subscriber_orphan_marks", Count, "Marks of strict writes that are older than 5 s, up to 1000 per Redis server; their keys are not cached";
+    describe_gauge ORPHAN_MARKS = "subscriber_orphan_marks", Count, "Marks of strict writes that are older than 5 s; their keys are not cached";
+    describe_gauge OLDEST_ORPHAN_MARK = "subscriber_oldest_orphan_mark_seconds", Seconds, "Age of the oldest of them; the log names its transaction";
     describe_gauge MARKS_EVICTABLE = "subscriber_marks_evictable", Count, "1 while the maxmemory-policy of Redis could evict marks, so that strict writes are not safe";
     describe_gauge PENDING = "subscriber_pending_messages", Count, "Messages in the stream that were not delivered yet";
     describe_gauge ACK_PENDING = "subscriber_ack_pending_messages", Count, "Messages that were delivered but not acknowledged";

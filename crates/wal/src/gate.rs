@@ -4,7 +4,8 @@
 //! as long as a synchronous standby is away. Acting on the log alone would let a reader refill the old value after the
 //! delete. One snapshot judges any number of transactions.
 
-use sqlx::{PgPool, Row};
+use event::{HISTORY_SQL, History};
+use sqlx::{AssertSqlSafe, PgPool, Row};
 
 /// What a snapshot of a normal connection sees.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -17,6 +18,8 @@ pub struct Snapshot {
     in_progress: Vec<u64>,
     /// Timeline of the server that was asked.
     timeline: i64,
+    /// The history that the transactions belong to.
+    history: Option<History>,
 }
 
 impl Snapshot {
@@ -26,12 +29,15 @@ impl Snapshot {
     /// Whatever the database says.
     pub async fn take(pool: &PgPool) -> Result<Self, sqlx::Error> {
         // The first eight digits of the name of a file of the log are the timeline.
-        let sql = "select pg_current_snapshot()::text, left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)";
-        let row = sqlx::raw_sql(sql).fetch_one(pool).await?;
+        let sql = format!(
+            "select pg_current_snapshot()::text, left(pg_walfile_name(pg_current_wal_insert_lsn()), 8), {HISTORY_SQL}"
+        );
+        let row = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_one(pool).await?;
         let (text, timeline): (String, String) = (row.try_get(0)?, row.try_get(1)?);
         let mut snapshot = Self::parse(&text)
             .ok_or_else(|| sqlx::Error::Protocol("pg_current_snapshot() is not xmin:xmax:list".to_owned()))?;
         snapshot.timeline = i64::from_str_radix(&timeline, 16).unwrap_or_default();
+        snapshot.history = row.try_get::<&str, _>(2)?.parse().ok();
         Ok(snapshot)
     }
 
@@ -39,6 +45,12 @@ impl Snapshot {
     #[must_use]
     pub fn timeline(&self) -> i64 {
         self.timeline
+    }
+
+    /// The history that the transactions belong to.
+    #[must_use]
+    pub fn history(&self) -> Option<History> {
+        self.history
     }
 
     fn parse(text: &str) -> Option<Self> {
@@ -51,7 +63,7 @@ impl Snapshot {
             in_progress.push(xid.parse().ok()?);
         }
         in_progress.sort_unstable();
-        Some(Self { xmin, xmax, in_progress, timeline: 0 })
+        Some(Self { xmin, xmax, in_progress, timeline: 0, history: None })
     }
 
     /// Whether readers that begin now see what the committed transaction `xid` did.
@@ -99,7 +111,8 @@ mod tests {
 
     #[test]
     fn an_id_keeps_its_epoch_across_the_wrap_around() {
-        let at = |xmax: u64| Snapshot { xmin: xmax, xmax, in_progress: Vec::new(), timeline: 0 };
+        let at =
+            |xmax: u64| Snapshot { xmin: xmax, xmax, in_progress: Vec::new(), timeline: 0, history: None };
         let wrap = 1_u64 << 32;
         assert_eq!(at(800).extend(799), 799);
         assert_eq!(at(800).extend(805), 805);

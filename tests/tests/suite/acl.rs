@@ -114,8 +114,9 @@ async fn give_work(pair: &Pair, redis: &cache::Redis, subscriber: &Daemon) {
 
     let mut tx = begin(pair).await;
     let abandoned = [Event::delete(["user:5"]).unwrap()];
-    let receipt = outbox::enqueue(&mut tx, &abandoned[0]).await.unwrap();
-    Marks::new(redis.clone(), &abandoned, receipt.xid).set(MINUTE).await.unwrap();
+    outbox::enqueue(&mut tx, &abandoned[0]).await.unwrap();
+    let transaction = outbox::transaction_id(&mut tx).await.unwrap();
+    Marks::new(redis.clone(), &abandoned, transaction).set(MINUTE).await.unwrap();
     tx.rollback().await.unwrap();
     eventually(SETTLED, async || {
         let resolved = subscriber.metric("subscriber_marks_resolved_total").await.unwrap();

@@ -13,6 +13,7 @@ mod debezium_recordings;
 mod defaults;
 mod durable;
 mod history;
+mod marks;
 mod nats_faults;
 mod nats_rights;
 mod postgres_faults;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use cache::{Acquired, LeaseToken, Redis};
 use devstack::{Binary, Port, Process, eventually};
 use event::CacheKey;
-use outbox::{Event, Marks, Xid};
+use outbox::{Event, Marks};
 use tests::{Pair, SETTLED};
 
 /// The users of the document, and one who may do everything.
@@ -38,9 +38,9 @@ async fn start(pair: &Pair, port: &Port) -> Process {
 async fn leave_a_mark(redis: &Redis, pair: &Pair, key: &str) {
     let mut tx = pair.pool.begin().await.unwrap();
     let events = [Event::delete([key]).unwrap()];
-    let receipt = outbox::enqueue(&mut tx, &events[0]).await.unwrap();
-    let xid: Xid = receipt.xid;
-    Marks::new(redis.clone(), &events, xid).set(Duration::from_secs(10)).await.unwrap();
+    outbox::enqueue(&mut tx, &events[0]).await.unwrap();
+    let transaction = outbox::transaction_id(&mut tx).await.unwrap();
+    Marks::new(redis.clone(), &events, transaction).set(Duration::from_secs(10)).await.unwrap();
     // The writer dies before its commit.
     tx.rollback().await.unwrap();
 }

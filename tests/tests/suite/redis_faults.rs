@@ -3,10 +3,10 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use cache::{Acquired, Fill, LeaseToken};
+use cache::{Acquired, Fill, LeaseToken, Mark};
 use devstack::{RedisCluster, RedisReplicaPair, eventually};
 use event::CacheKey;
-use outbox::{Event, Marks};
+use outbox::{Event, Marks, TransactionId};
 use tests::{Pair, PairOptions};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -221,11 +221,12 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// Of values that must not disappear by themselves.
 const HOUR: Duration = Duration::from_secs(3600);
 
-async fn enqueue(pair: &Pair, event: &Event) -> outbox::Xid {
+async fn enqueue(pair: &Pair, event: &Event) -> TransactionId {
     let mut tx = pair.pool.begin().await.unwrap();
-    let receipt = outbox::enqueue(&mut tx, event).await.unwrap();
+    outbox::enqueue(&mut tx, event).await.unwrap();
+    let transaction = outbox::transaction_id(&mut tx).await.unwrap();
     tx.commit().await.unwrap();
-    receipt.xid
+    transaction
 }
 
 async fn set_memory_limit(redis: &devstack::Redis, bytes: &str) {
@@ -247,13 +248,14 @@ async fn subscriber_that_restarts_while_redis_is_full_goes_on_with_every_kind_of
     let fill = Fill { value: b"one", ttl: HOUR, version: Some(1), keep_stale_copy: false };
     assert!(redis.fill(&updated, &lease, fill).await.unwrap());
     let marked = Event::delete(["marked"]).unwrap();
-    let xid = enqueue(&pair, &marked).await;
-    Marks::new(redis.clone(), &[marked], xid).set(MINUTE).await.unwrap();
+    let transaction = enqueue(&pair, &marked).await;
+    Marks::new(redis.clone(), &[marked], transaction).set(MINUTE).await.unwrap();
 
     // No policy is set, so nothing is evicted, and much more is in use.
     set_memory_limit(&pair.stack.redis, "1").await;
     assert!(pair.fill("refused").await.unwrap_err().to_string().contains("OOM"));
-    let refused = redis.mark(&[CacheKey::new("unmarked").unwrap()], 7).await.unwrap_err();
+    let refused =
+        redis.mark(&[CacheKey::new("unmarked").unwrap()], Mark::generate(transaction)).await.unwrap_err();
     assert!(refused.is_out_of_memory(), "{refused:?}");
     let keys: Vec<String> = (0..50).map(|number| format!("full:{number}")).collect();
     pair.enqueue(&keys.iter().map(String::as_str).collect::<Vec<_>>()).await.unwrap();

@@ -75,7 +75,7 @@ impl Bed {
 fn committed(key: &str, change: &Change) -> CommittedEvent {
     let keys = vec![CacheKey::new(key).unwrap()];
     let (id, change) = (EventId::generate(), change.clone());
-    CommittedEvent { id, keys, change, xids: vec![], at_us: 0, traceparent: None }
+    CommittedEvent { id, keys, change, xids: vec![], history: None, at_us: 0, traceparent: None }
 }
 
 fn keys(count: usize) -> Vec<String> {

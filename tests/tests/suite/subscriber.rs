@@ -123,6 +123,7 @@ fn envelope(key: &str) -> Vec<u8> {
         keys: vec![CacheKey::new(key).unwrap()],
         change: Change::Delete,
         xids: Vec::new(),
+        history: None,
         at_us: chrono::Utc::now().timestamp_micros(),
         traceparent: None,
     };

@@ -1,5 +1,3 @@
-use std::collections::HashSet;
-
 use deadpool_redis::redis::{Pipeline, Value};
 use event::CacheKey;
 
@@ -7,16 +5,16 @@ use super::Redis;
 use super::batch::{Group, read, requests};
 use super::flush::beginning_with;
 use super::lease::MAX_STALE;
-use crate::names::{Shard, guard, marks, parse_registry_member, stale};
+use crate::names::{Shard, guard, marks, stale};
 use crate::script::{APPLY, LIMIT_STALE};
 use crate::work::{Item, Update};
-use crate::{RedisError, Work};
+use crate::{Mark, RedisError, Work};
 
 /// Names per `UNLINK`, two per key: long enough to be cheap, short enough not to hold up other clients.
 pub(super) const NAMES_PER_UNLINK: usize = 1_000;
 
-/// Most marks looked at to find those of a batch. With more in a registry every mark of the batch is removed without
-/// looking, one command per key.
+/// Most marks looked at to find those of a batch. With more in a registry the marks of every key of the batch are
+/// looked at, one command per key.
 const REGISTRY_WINDOW: usize = 1_000;
 
 /// What a batch changed in the cache.
@@ -90,9 +88,51 @@ impl Redis {
             }
         }
         self.limit_stale_copies(&with_stale_copies).await?;
-        let to_remove = marks_to_remove(work, &registries);
-        applied.unmarked += self.remove_marks(&to_remove).await?;
+        applied.unmarked += self.remove_marks_of(work, items, &registries).await?;
         Ok(())
+    }
+
+    /// Removes the marks that the transactions of the batch still have on `items`. Says how many.
+    async fn remove_marks_of(
+        &self,
+        work: &Work,
+        items: &[Item],
+        registries: &[Vec<String>],
+    ) -> Result<u64, RedisError> {
+        if !work.has_transactions() || registries.iter().all(Vec::is_empty) {
+            return Ok(0);
+        }
+        if registries.iter().any(|registry| registry.len() >= REGISTRY_WINDOW) {
+            let found = self.marks_on(items.iter().map(|item| &*item.key)).await?;
+            return self.remove_marks(&work.marks_among(&found)).await;
+        }
+        let members = registries.iter().flatten();
+        let registered: Vec<_> = members.filter_map(|member| Mark::parse_member(member)).collect();
+        self.remove_marks(&work.marks_among(&registered)).await
+    }
+
+    /// Every mark on these keys.
+    async fn marks_on<'a>(
+        &self,
+        keys: impl IntoIterator<Item = &'a str>,
+    ) -> Result<Vec<(&'a str, Mark)>, RedisError> {
+        let groups = self.group(keys, |key| key.as_bytes());
+        let listing = |group: &Group<&str>| {
+            let mut pipeline = Pipeline::with_capacity(group.items.len());
+            for &key in &group.items {
+                pipeline.cmd("SMEMBERS").arg(marks(key));
+            }
+            pipeline
+        };
+        let answers = self.run_all(&requests(&groups, listing)).await?;
+        let mut found = Vec::new();
+        for (group, answers) in groups.into_iter().zip(answers) {
+            for (key, answer) in group.items.into_iter().zip(answers) {
+                let texts: Vec<String> = read(answer)?;
+                found.extend(texts.iter().filter_map(|text| Some((key, Mark::parse(text)?))));
+            }
+        }
+        Ok(found)
     }
 
     /// Invalidates keys now, as the event of the same change will do again. Returns how many names were there.
@@ -184,19 +224,6 @@ fn count(group: &Group<&Item>, mut answers: Vec<Value>, applied: &mut Applied) -
         }
     }
     Ok(Shown { registry: read(registry)?, has_stale_copies: read(has_stale_copies)? })
-}
-
-/// The marks in the registries that belong to a transaction of the batch.
-fn marks_to_remove<'a>(work: &'a Work, registries: &[Vec<String>]) -> Vec<(&'a str, u64)> {
-    if !work.has_transactions() || registries.iter().all(Vec::is_empty) {
-        return Vec::new();
-    }
-    if registries.iter().any(|registry| registry.len() >= REGISTRY_WINDOW) {
-        return work.transactions().collect();
-    }
-    let members = registries.iter().flatten();
-    let registered: HashSet<_> = members.filter_map(|member| parse_registry_member(member)).collect();
-    work.transactions_among(&registered)
 }
 
 /// A duration as Redis takes it. Zero would be an error to it.

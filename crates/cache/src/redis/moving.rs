@@ -178,15 +178,15 @@ impl Parts {
 /// Registry, then marks, then deletes: a mark is never without its entry in the registry, and a key is deleted when nothing
 /// can fill it any more. Its stale copy goes too.
 fn marks_in_order(registry: &[u8], names: &[&[u8]], arguments: &[&[u8]]) -> Vec<Cmd> {
-    let [xid, _, members @ ..] = arguments else { return Vec::new() };
+    let [mark, _, members @ ..] = arguments else { return Vec::new() };
     let mut register = REGISTER.call_with_text();
     register.arg(1).arg(registry).arg(members);
     let mut commands = vec![register];
     let of_keys = || names.chunks_exact(NAMES_PER_KEY);
     commands.extend(of_keys().map(|names| {
-        let mut mark = Cmd::new();
-        mark.arg("SADD").arg(names[0]).arg(*xid);
-        mark
+        let mut add = Cmd::new();
+        add.arg("SADD").arg(names[0]).arg(*mark);
+        add
     }));
     commands.extend(of_keys().flat_map(|names| &names[1..]).map(|name| {
         let mut delete = Cmd::new();
@@ -200,5 +200,44 @@ fn simple(argument: Arg<&[u8]>) -> &[u8] {
     match argument {
         Arg::Simple(bytes) => bytes,
         _ => b"0",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::names::{guard, marks, stale};
+
+    fn words(command: &Cmd) -> Vec<String> {
+        command.args_iter().map(|word| String::from_utf8_lossy(simple(word)).into_owned()).collect()
+    }
+
+    /// A value that appears between the deletes and the mark would stay: nobody who finds it looks for marks.
+    #[test]
+    fn a_mark_in_a_moving_slot_is_registered_then_set_and_then_the_keys_are_deleted() {
+        let mut call = MARK.call();
+        call.arg(2 * NAMES_PER_KEY + 1).arg(Shard::Slot(7).registry());
+        for key in ["{t}a", "{t}b"] {
+            call.arg(marks(key)).arg(guard(key)).arg(key).arg(stale(key));
+        }
+        call.arg("mark").arg(60_000).arg("mark:{t}a").arg("mark:{t}b");
+        let Ok(Parts::Several { commands, answer }) = Parts::of(&call) else {
+            panic!("MARK is on several keys")
+        };
+        assert_eq!(answer, Some(1));
+        let all: Vec<Vec<String>> = commands.iter().map(words).collect();
+        assert_eq!(all[0][0], "EVAL");
+        assert!(all[0].ends_with(&[Shard::Slot(7).registry(), "mark:{t}a".into(), "mark:{t}b".into()]));
+        let rest: Vec<String> = all[1..].iter().map(|words| words.join(" ")).collect();
+        let us = '\u{1f}';
+        let marked = ["a", "b"].map(|key| format!("SADD {us}m:{{t}}{key} mark"));
+        let deleted = ["a", "b"].map(|key| {
+            [
+                format!("UNLINK {us}g:{{t}}{key}"),
+                format!("UNLINK {{t}}{key}"),
+                format!("UNLINK {us}s:{{t}}{key}"),
+            ]
+        });
+        assert_eq!(rest, [marked.as_slice(), deleted.concat().as_slice()].concat());
     }
 }

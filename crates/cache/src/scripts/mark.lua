@@ -1,6 +1,6 @@
 -- MARK: a transaction is about to commit changes of some keys.
 -- KEYS: registry, then of each key: marks, guard, value, stale copy.
--- ARGV: transaction, longest time of a stale copy in ms, then of each key: its member of the registry.
+-- ARGV: mark, longest time of a stale copy in ms, then of each key: its member of the registry.
 --
 -- In one step: of a mark that was taken back while a part of it was still on its way, that part must not remain where
 -- nobody looks for it. The server's own time, so that no writer's clock decides when a mark counts as forgotten.

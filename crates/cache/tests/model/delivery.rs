@@ -41,7 +41,7 @@ impl System {
                 _ => offer(DeliveryStep::ApplyFirst),
             }
         }
-        if !state.key.marks.contains(writer) {
+        if !state.key.marks.contains(self.mark_of(writer)) {
             if self.marks(writer) && it.client > Client::Working {
                 offer(DeliveryStep::MarkArrivesAgain);
             }
@@ -78,9 +78,9 @@ impl System {
                 key.delete_second(self.protocol.deletes);
             }
             DeliveryStep::RemoveMark | DeliveryStep::Resolve | DeliveryStep::LoseMark => {
-                key.unmark_remove(writer);
+                key.unmark_remove(self.mark_of(writer));
             }
-            DeliveryStep::MarkArrivesAgain => key.mark_add(writer),
+            DeliveryStep::MarkArrivesAgain => key.mark_add(self.mark_of(writer)),
         }
     }
 }

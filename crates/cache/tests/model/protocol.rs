@@ -23,6 +23,9 @@ pub struct Protocol {
     pub mark_voids_lease: bool,
     /// Marks have no TTL and are never evicted.
     pub marks_last: bool,
+    /// A mark names the history of its transaction and itself. A transaction id alone is also that of another database's
+    /// transaction, and of a later one after a crash or a failover.
+    pub marks_are_told_apart: bool,
     /// The writer removes its mark only after Postgres has told it how the transaction ended.
     pub unmark_waits_for_outcome: bool,
     /// UNMARK deletes value and lease before it removes the mark.
@@ -74,6 +77,7 @@ impl Protocol {
         mark_is_added_before_delete: true,
         mark_voids_lease: true,
         marks_last: true,
+        marks_are_told_apart: true,
         unmark_waits_for_outcome: true,
         unmark_deletes: true,
         resolver_waits_for_visibility: true,

@@ -53,6 +53,12 @@ fn marks_that_expire_are_not_enough() {
 }
 
 #[test]
+fn marks_of_two_transactions_must_be_told_apart() {
+    let scenario = Scenario { writers: &[STRICT, STRICT], ..ANY };
+    breaks("strict", Protocol { marks_are_told_apart: false, ..SOUND }, scenario);
+}
+
+#[test]
 fn marks_without_leases_are_not_enough() {
     breaks("strict", Protocol { fill_checks_lease: false, ..SOUND }, ONE_STRICT);
 }

@@ -104,6 +104,11 @@ impl System {
         self.protocol.strict_writers_mark && self.writer_kind(writer).promise == Promise::Strict
     }
 
+    /// What the mark of this writer is called.
+    pub fn mark_of(&self, writer: u8) -> u8 {
+        if self.protocol.marks_are_told_apart { writer } else { 0 }
+    }
+
     /// Steps that writer `index` can take.
     pub fn client_steps(&self, state: &State, index: u8, mut offer: impl FnMut(ClientStep)) {
         let protocol = &self.protocol;
@@ -183,7 +188,7 @@ impl System {
                 Client::Working
             }
             ClientStep::MarkAdd => {
-                key.mark_add(index);
+                key.mark_add(self.mark_of(index));
                 if protocol.mark_is_added_before_delete { Client::Marking } else { Client::Prepared }
             }
             ClientStep::MarkUnlink => {
@@ -218,7 +223,7 @@ impl System {
                 Client::Unmarking
             }
             ClientStep::UnmarkRemove => {
-                key.unmark_remove(index);
+                key.unmark_remove(self.mark_of(index));
                 Client::Gone
             }
             ClientStep::DeleteAfterCommit => {

@@ -9,7 +9,9 @@ use devstack::{RedisCluster, eventually};
 use event::{CacheKey, Change};
 
 use crate::reader::{Loads, find};
-use crate::support::{MINUTE, SOON, committed, connect, deleted, granted, key, plain, updated, work};
+use crate::support::{
+    MINUTE, SOON, committed, connect, deleted, granted, key, mark, orphans, plain, updated, work,
+};
 
 pub(crate) struct Nodes {
     pub(crate) cluster: RedisCluster,
@@ -57,7 +59,7 @@ async fn the_whole_protocol_works_on_keys_of_every_form() {
     let applied = redis.apply(&work(updates)).await.unwrap();
     assert_eq!(applied, Applied { updated: keys.len() as u64, ..Applied::default() });
 
-    redis.mark(&keys, 7).await.unwrap();
+    redis.mark(&keys, mark(7)).await.unwrap();
     for key in &keys {
         let acquired = redis.acquire(key, LeaseToken::generate(), MINUTE, false).await.unwrap();
         assert_eq!(acquired, Acquired::Bypass, "{key}");
@@ -75,15 +77,15 @@ async fn the_whole_protocol_works_on_keys_of_every_form() {
 async fn forgotten_marks_of_all_nodes_are_listed_and_resolved() {
     let nodes = Nodes::start(3, 0).await;
     let keys = keys();
-    nodes.redis.mark(&keys, 7).await.unwrap();
+    nodes.redis.mark(&keys, mark(7)).await.unwrap();
     let orphans = eventually(SOON, async || {
-        let orphans = nodes.redis.orphan_marks(Duration::from_millis(1)).await.unwrap();
+        let orphans = orphans(&nodes.redis, Duration::from_millis(1)).await;
         (orphans.len() == keys.len()).then_some(orphans)
     })
     .await;
     assert_eq!(orphans.iter().map(|(key, _)| key).collect::<BTreeSet<_>>(), keys.iter().collect());
     for (key, xid) in &orphans {
-        nodes.redis.resolve(key, *xid).await.unwrap();
+        nodes.redis.resolve(&[(key.clone(), mark(*xid))]).await.unwrap();
     }
     assert_eq!(nodes.names().await, BTreeSet::new());
 }
@@ -135,7 +137,7 @@ async fn a_flush_reaches_all_nodes_and_keeps_bookkeeping() {
         cache.get_or_load(&key, MINUTE, || find(1)).await.unwrap();
     }
     assert_eq!(nodes.redis.delete_matching(&["user:*".to_owned()]).await.unwrap(), 30);
-    nodes.redis.mark(&[key("user:1")], 7).await.unwrap();
+    nodes.redis.mark(&[key("user:1")], mark(7)).await.unwrap();
     nodes.redis.store_position("redis", b"record").await.unwrap();
     assert_eq!(nodes.redis.flush_all_keys().await.unwrap(), 21);
     assert_eq!(nodes.names().await.len(), 3);
@@ -159,13 +161,11 @@ async fn every_master_counts_as_an_instance_and_as_a_place_to_check() {
 #[tokio::test]
 async fn a_cluster_of_one_node_that_does_not_know_its_own_address_works() {
     let nodes = Nodes::start(1, 0).await;
-    nodes.redis.mark(&keys(), 7).await.unwrap();
+    nodes.redis.mark(&keys(), mark(7)).await.unwrap();
     assert_eq!(nodes.redis.instances().await.unwrap().len(), 1);
     assert_eq!(nodes.redis.flush_all_keys().await.unwrap(), 0);
-    eventually(SOON, async || {
-        nodes.redis.orphan_marks(Duration::from_millis(1)).await.unwrap().len() == keys().len()
-    })
-    .await;
+    eventually(SOON, async || orphans(&nodes.redis, Duration::from_millis(1)).await.len() == keys().len())
+        .await;
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use event::Change;
 
-use crate::support::{Bed, committed, key, work};
+use crate::support::{Bed, committed, key, mark, work};
 
 impl Bed {
     async fn names(&self) -> BTreeSet<String> {
@@ -46,7 +46,7 @@ async fn a_flush_of_everything_keeps_marks_their_registry_and_positions() {
     bed.raw(&["SET", "k", "v"]).await;
     bed.raw(&["HSET", "somebody elses", "field", "value"]).await;
     bed.grant(&key("loading")).await;
-    bed.redis.mark(&[key("marked"), key("{t}:marked")], 7).await.unwrap();
+    bed.redis.mark(&[key("marked"), key("{t}:marked")], mark(7)).await.unwrap();
     bed.redis.store_position("redis", b"record").await.unwrap();
     assert_eq!(bed.redis.flush_all_keys().await.unwrap(), 2);
     let left: BTreeSet<String> =
@@ -59,7 +59,7 @@ async fn a_flush_of_everything_keeps_marks_their_registry_and_positions() {
 #[tokio::test]
 async fn no_pattern_reaches_the_bookkeeping() {
     let bed = Bed::new().await;
-    bed.redis.mark(&[key("k")], 7).await.unwrap();
+    bed.redis.mark(&[key("k")], mark(7)).await.unwrap();
     bed.redis.store_position("redis", b"record").await.unwrap();
     let before = bed.names().await;
     let patterns = ["*", "\u{1f}*", "\u{1f}marks", "\u{1f}m{k}", "?position:*"].map(Into::into);

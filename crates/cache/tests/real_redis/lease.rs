@@ -5,7 +5,7 @@ use std::time::Duration;
 use cache::{Acquired, LeaseToken};
 use devstack::eventually;
 
-use crate::support::{Bed, MINUTE, SOON, granted, key, plain};
+use crate::support::{Bed, MINUTE, SOON, granted, key, mark, plain};
 
 #[tokio::test]
 async fn a_fill_under_the_lease_stores_exactly_the_users_bytes_at_exactly_the_users_key() {
@@ -93,8 +93,8 @@ async fn a_copy_of_a_request_for_a_lease_that_arrives_after_the_delete_does_not_
         if key == &deleted {
             bed.delete(key, 1).await;
         } else {
-            bed.redis.mark(std::slice::from_ref(key), 7).await.unwrap();
-            bed.redis.unmark(std::slice::from_ref(key), 7).await.unwrap();
+            bed.redis.mark(std::slice::from_ref(key), mark(7)).await.unwrap();
+            bed.redis.unmark(std::slice::from_ref(key), mark(7)).await.unwrap();
         }
         let nobodys = granted(bed.acquire(key, token).await);
         assert!(!bed.fill(key, &lease, "old").await, "{key}");

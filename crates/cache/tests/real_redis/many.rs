@@ -6,7 +6,7 @@ use std::convert::Infallible;
 use cache::{Cache, CacheConfig, Options, Raw};
 use devstack::eventually;
 
-use crate::support::{Bed, MINUTE, SOON, key};
+use crate::support::{Bed, MINUTE, SOON, key, mark};
 
 type Found = Result<HashMap<String, u32>, Infallible>;
 
@@ -57,7 +57,7 @@ async fn a_delete_during_the_load_keeps_only_its_own_key_from_being_stored() {
 #[tokio::test]
 async fn marked_keys_and_keys_that_others_are_loading_are_loaded_but_not_stored() {
     let bed = Bed::new().await;
-    bed.redis.mark(&[key("marked")], 7).await.unwrap();
+    bed.redis.mark(&[key("marked")], mark(7)).await.unwrap();
     let lease = bed.grant(&key("leased")).await;
     let load = async |_: Vec<&&str>| found([("marked", 1), ("leased", 2), ("free", 3)]);
     let read = bed.cache().get_many(&["marked", "leased", "free"], MINUTE, load).await;

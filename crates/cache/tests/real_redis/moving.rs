@@ -10,7 +10,7 @@ use futures::future::join_all;
 
 use crate::cluster::Nodes;
 use crate::reader::{Loads, find};
-use crate::support::{MINUTE, SOON, committed, deleted, granted, key, plain, updated, work};
+use crate::support::{MINUTE, SOON, committed, deleted, granted, key, mark, orphans, plain, updated, work};
 
 const SLOTS: usize = 16_384;
 
@@ -275,7 +275,7 @@ async fn marks_can_be_set_and_removed_in_a_moving_slot_and_move_with_it() {
     {
         let key = key(&format!("user:{nth}"));
         let keys: Vec<CacheKey> = all_of(&key, &others).into_iter().cloned().collect();
-        redis.mark(std::slice::from_ref(&key), 5).await.unwrap();
+        redis.mark(std::slice::from_ref(&key), mark(5)).await.unwrap();
         let registered = nodes.names().await;
         let moving = Move::begin(&nodes, &key).await;
         for name in registered.iter().filter(|name| {
@@ -289,20 +289,20 @@ async fn marks_can_be_set_and_removed_in_a_moving_slot_and_move_with_it() {
             moving.put(key.as_str(), "foreign", At::Target).await;
             moving.put(&format!("\u{1f}g{{{key}}}"), "V1", At::Target).await;
         }
-        redis.mark(&keys, 7).await.unwrap();
+        redis.mark(&keys, mark(7)).await.unwrap();
         assert!(!nodes.names().await.contains(key.as_str()));
         let cache = Cache::new(redis.clone(), CacheConfig::default());
         assert_eq!(cache.get_or_load(&key, MINUTE, || find(3)).await, Ok(3));
         assert!(!nodes.names().await.contains(key.as_str()));
         let orphans = eventually(SOON, async || {
-            let orphans = redis.orphan_marks(Duration::from_millis(1)).await.unwrap();
+            let orphans = orphans(redis, Duration::from_millis(1)).await;
             (orphans.len() == keys.len() + 1).then_some(orphans)
         })
         .await;
         assert!(orphans.contains(&(key.clone(), 5)) && orphans.contains(&(key.clone(), 7)));
 
         // One mark goes while the slot moves, the other afterwards.
-        assert_eq!(redis.unmark(&keys, 7).await.unwrap(), keys.len() as u64);
+        assert_eq!(redis.unmark(&keys, mark(7)).await.unwrap(), keys.len() as u64);
         moving.finish().await;
         let acquire = async || redis.acquire(&key, LeaseToken::generate(), MINUTE, false).await.unwrap();
         assert_eq!(acquire().await, Acquired::Bypass);
@@ -319,7 +319,7 @@ async fn an_event_removes_the_mark_of_a_dead_writer_in_a_moving_slot() {
     let nodes = Nodes::start(3, 0).await;
     for (nth, migrated) in [false, true].into_iter().enumerate() {
         let key = key(&format!("user:{nth}"));
-        nodes.redis.mark(std::slice::from_ref(&key), 7).await.unwrap();
+        nodes.redis.mark(std::slice::from_ref(&key), mark(7)).await.unwrap();
         let names = nodes.names().await;
         let moving = Move::begin(&nodes, &key).await;
         for name in names.iter().filter(|_| migrated) {
@@ -383,7 +383,9 @@ async fn many_at_once_do_not_take_each_others_leave_to_ask_at_the_target() {
         }
     };
     let marks = async {
-        for outcome in join_all(keys.iter().map(|key| nodes.redis.mark(std::slice::from_ref(key), 7))).await {
+        for outcome in
+            join_all(keys.iter().map(|key| nodes.redis.mark(std::slice::from_ref(key), mark(7)))).await
+        {
             outcome.unwrap();
         }
     };
@@ -394,7 +396,7 @@ async fn many_at_once_do_not_take_each_others_leave_to_ask_at_the_target() {
     };
     tokio::join!(read_on, marks, position);
     assert!(nodes.names().await.iter().all(|name| !name.starts_with("{t}")));
-    assert_eq!(nodes.redis.unmark(&keys, 7).await.unwrap(), 50);
+    assert_eq!(nodes.redis.unmark(&keys, mark(7)).await.unwrap(), 50);
     assert_eq!(nodes.names().await.len(), 1, "the position");
     moving.finish().await;
 }

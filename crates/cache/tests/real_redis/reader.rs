@@ -11,7 +11,7 @@ use devstack::eventually;
 use event::CacheKey;
 use serde::{Deserialize, Serialize};
 
-use crate::support::{Bed, MINUTE, SOON, key, updated, work};
+use crate::support::{Bed, MINUTE, SOON, key, mark, updated, work};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct User {
@@ -255,12 +255,12 @@ async fn a_versioned_load_is_replaced_by_the_update_of_a_newer_version() {
 async fn under_a_mark_readers_load_without_storing() {
     let (bed, loads) = (Bed::new().await, Loads::default());
     let cache = bed.cache();
-    bed.redis.mark(&[key("n")], 7).await.unwrap();
+    bed.redis.mark(&[key("n")], mark(7)).await.unwrap();
     for n in 0..3 {
         assert_eq!(cache.get_or_load("n", MINUTE, || loads.find(n)).await, Ok(n));
     }
     assert_eq!(loads.count(), 3);
-    bed.redis.unmark(&[key("n")], 7).await.unwrap();
+    bed.redis.unmark(&[key("n")], mark(7)).await.unwrap();
     for _ in 0..3 {
         assert_eq!(cache.get_or_load("n", MINUTE, || loads.find(9)).await, Ok(9));
     }

@@ -2,7 +2,7 @@
 
 use cache::{Fill, LeaseToken};
 
-use crate::support::{Bed, granted, key, plain, updated, work};
+use crate::support::{Bed, granted, key, mark, plain, updated, work};
 
 #[tokio::test]
 async fn every_step_works_on_a_server_that_has_forgotten_all_scripts() {
@@ -19,9 +19,9 @@ async fn every_step_works_on_a_server_that_has_forgotten_all_scripts() {
         let events = [updated(&key, "two", 2, 1), updated(&crate::support::key("other"), "x", 2, 1)];
         assert_eq!(bed.redis.apply(&work(events)).await.unwrap().updated, 1);
         forget().await;
-        bed.redis.mark(std::slice::from_ref(&key), 7).await.unwrap();
+        bed.redis.mark(std::slice::from_ref(&key), mark(7)).await.unwrap();
         forget().await;
-        bed.redis.unmark(std::slice::from_ref(&key), 7).await.unwrap();
+        bed.redis.unmark(std::slice::from_ref(&key), mark(7)).await.unwrap();
         let token = LeaseToken::generate();
         granted(bed.acquire(&key, token).await);
         forget().await;

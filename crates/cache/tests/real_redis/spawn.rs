@@ -6,7 +6,7 @@ use std::time::Duration;
 use cache::{Cache, LeaseToken, Redis, Work};
 
 use crate::reader::find;
-use crate::support::{Bed, MINUTE, granted, key, plain};
+use crate::support::{Bed, MINUTE, granted, key, mark, orphans, plain};
 
 async fn requests(redis: &Redis) {
     let keys = vec![key("a"), key("b")];
@@ -14,10 +14,10 @@ async fn requests(redis: &Redis) {
     redis.ping().await.unwrap();
     redis.apply(&work).await.unwrap();
     redis.invalidate(&keys).await.unwrap();
-    redis.mark(&keys, 7).await.unwrap();
-    redis.unmark(&keys, 7).await.unwrap();
-    redis.resolve(&keys[0], 7).await.unwrap();
-    redis.orphan_marks(Duration::ZERO).await.unwrap();
+    redis.mark(&keys, mark(7)).await.unwrap();
+    redis.unmark(&keys, mark(7)).await.unwrap();
+    redis.resolve(&[(keys[0].clone(), mark(7))]).await.unwrap();
+    orphans(redis, Duration::ZERO).await;
     redis.delete_matching(&["*".to_owned()]).await.unwrap();
     redis.flush_all_keys().await.unwrap();
     redis.store_position("redis", b"record").await.unwrap();

@@ -6,7 +6,7 @@ use cache::{CacheConfig, Json, MAX_STALE, Options};
 use tokio::sync::Notify;
 
 use crate::reader::{Loads, find, waits};
-use crate::support::{Bed, MINUTE, deleted, key, updated, work};
+use crate::support::{Bed, MINUTE, deleted, key, mark, updated, work};
 
 const LENIENT: Options = Options {
     ttl: MINUTE,
@@ -59,8 +59,8 @@ async fn strict_readers_and_readers_who_did_not_ask_never_get_a_stale_value() {
 async fn a_mark_cuts_the_time_of_the_stale_copy_as_a_delete_does() {
     let (bed, loads) = (Bed::new().await, Loads::default());
     bed.read(&Options { ttl: 60 * MINUTE, ..LENIENT }, &loads, 1).await;
-    bed.redis.mark(&[key("n")], 7).await.unwrap();
-    bed.redis.unmark(&[key("n")], 7).await.unwrap();
+    bed.redis.mark(&[key("n")], mark(7)).await.unwrap();
+    bed.redis.unmark(&[key("n")], mark(7)).await.unwrap();
     let left: u128 = bed.raw(&["PTTL", "\u{1f}s{n}"]).await.parse().unwrap();
     assert!(0 < left && left <= MAX_STALE.as_millis(), "{left} ms");
 }
@@ -70,7 +70,7 @@ async fn under_a_mark_nobody_gets_a_stale_value() {
     let (bed, loads) = (Bed::new().await, Loads::default());
     bed.read(&LENIENT, &loads, 1).await;
     let (cache, loading, go) = (bed.cache(), Notify::new(), Notify::new());
-    bed.redis.mark(&[key("n")], 7).await.unwrap();
+    bed.redis.mark(&[key("n")], mark(7)).await.unwrap();
     let first = cache.get_or_load_with("n", &LENIENT, async || {
         loading.notify_one();
         go.notified().await;

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use cache::{Acquired, Fill, LeaseId, LeaseToken, Redis, RedisConfig, Work};
+use cache::{Acquired, Fill, LeaseId, LeaseToken, Mark, Redis, RedisConfig, Work};
 use devstack::RedisOptions;
-use event::{CacheKey, Change, CommittedEvent, EventId};
+use event::{CacheKey, Change, CommittedEvent, EventId, History};
 
 pub(crate) const MINUTE: Duration = Duration::from_secs(60);
 
@@ -70,6 +70,26 @@ pub(crate) fn key(text: &str) -> CacheKey {
     CacheKey::new(text).unwrap()
 }
 
+/// The history that all transactions here belong to.
+pub(crate) fn history() -> History {
+    "d0000000001.2".parse().unwrap()
+}
+
+/// The mark of transaction `xid`.
+pub(crate) fn mark(xid: u64) -> Mark {
+    Mark::parse(&format!("{}:{xid}:{xid:016x}", history())).unwrap()
+}
+
+/// Key and transaction of every mark that is older.
+pub(crate) async fn orphans(redis: &Redis, older_than: Duration) -> Vec<(CacheKey, u64)> {
+    let mut pages = redis.old_marks(older_than).await.unwrap();
+    let mut orphans = Vec::new();
+    while let Some(page) = pages.next().await.unwrap() {
+        orphans.extend(page.into_iter().map(|old| (old.key, old.mark.transaction().xid)));
+    }
+    orphans
+}
+
 pub(crate) fn plain(value: &str) -> Fill<'_> {
     Fill { value: value.as_bytes(), ttl: MINUTE, version: None, keep_stale_copy: false }
 }
@@ -84,8 +104,8 @@ pub(crate) fn updated(key: &CacheKey, value: &str, version: i64, xid: u64) -> Co
 
 pub(crate) fn committed(keys: &[&CacheKey], change: Change, xids: &[u64]) -> CommittedEvent {
     let keys = keys.iter().copied().cloned().collect();
-    let xids = xids.to_vec();
-    CommittedEvent { id: EventId::generate(), keys, change, xids, at_us: 0, traceparent: None }
+    let (xids, history) = (xids.to_vec(), Some(history()));
+    CommittedEvent { id: EventId::generate(), keys, change, xids, history, at_us: 0, traceparent: None }
 }
 
 pub(crate) fn work(events: impl IntoIterator<Item = CommittedEvent>) -> Work {

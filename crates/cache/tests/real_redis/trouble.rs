@@ -10,7 +10,7 @@ use devstack::proxy::{FaultProxy, Mode};
 use tokio::task::JoinSet;
 
 use crate::reader::{Loads, find};
-use crate::support::{Bed, MINUTE, SOON, connect, deleted, key, plain, updated, work};
+use crate::support::{Bed, MINUTE, SOON, connect, deleted, key, mark, plain, updated, work};
 
 /// Far less than a connection's own limits, so that a test sees which one applied.
 const IMPATIENT: Duration = Duration::from_millis(50);
@@ -188,7 +188,7 @@ async fn a_full_redis_refuses_marks_for_now_and_turns_updates_into_deletes() {
 
     // In a pipeline and alone.
     let refused = [
-        bed.redis.mark(&[unmarked], 7).await.unwrap_err(),
+        bed.redis.mark(&[unmarked], mark(7)).await.unwrap_err(),
         bed.redis.store_position("d", b"p").await.unwrap_err(),
     ];
     for error in refused {

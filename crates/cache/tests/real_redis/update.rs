@@ -6,7 +6,7 @@ use cache::{Acquired, Applied, Fill, LeaseId, LeaseToken};
 use event::CacheKey;
 use proptest::prelude::*;
 
-use crate::support::{Bed, deleted, key, plain, updated, work};
+use crate::support::{Bed, deleted, key, mark, plain, updated, work};
 
 impl Bed {
     async fn cached(&self, key: &CacheKey, value: &str, version: i64) {
@@ -92,7 +92,7 @@ async fn an_update_during_a_load_voids_its_lease() {
 async fn an_update_of_a_marked_key_acts_as_a_delete_and_then_removes_its_own_mark() {
     let bed = Bed::new().await;
     let key = key("k");
-    bed.redis.mark(std::slice::from_ref(&key), 9).await.unwrap();
+    bed.redis.mark(std::slice::from_ref(&key), mark(9)).await.unwrap();
     // As a restored snapshot could bring back a value under a mark.
     bed.raw(&["SET", "k", "one"]).await;
     bed.raw(&["SET", "\u{1f}g{k}", "V1"]).await;

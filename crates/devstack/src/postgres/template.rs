@@ -62,10 +62,10 @@ async fn lock(path: PathBuf) -> Result<File> {
 }
 
 /// Runs `initdb` inside the stack directory, where the watchdog removes a half-made cluster, and moves the result.
-async fn initialize(
+pub(super) async fn initialize(
     directory: &Arc<StackDirectory>,
     postgres: &Path,
-    template: &Path,
+    target: &Path,
     account: Option<Account>,
 ) -> Result<()> {
     let parent = directory.create_subdirectory("initdb")?;
@@ -82,6 +82,6 @@ async fn initialize(
     let initdb = Process::spawn(directory, "initdb", command)?;
     let status = initdb.wait_exit(INITDB_TIMEOUT).await?;
     ensure!(status.success(), "initdb failed ({status})\n{}", initdb.log_tail());
-    std::fs::rename(parent.join("data"), template)
-        .with_context(|| format!("cannot move the template to {}", template.display()))
+    std::fs::rename(parent.join("data"), target)
+        .with_context(|| format!("cannot move a new cluster to {}", target.display()))
 }

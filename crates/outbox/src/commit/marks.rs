@@ -2,11 +2,10 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cache::{Redis, RedisError};
-use event::{CacheKey, Event};
+use cache::{Mark, Redis, RedisError};
+use event::{CacheKey, Event, TransactionId};
 
 use super::exact_keys;
-use crate::Xid;
 
 /// How often to try to mark. Connections that died unnoticed, as all do when Redis restarts, should not fail a write:
 /// one attempt more than a [`RedisConfig`](cache::RedisConfig) has by default.
@@ -18,7 +17,8 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// The marks of one transaction: the steps of [`Writer::commit_strict`](crate::Writer::commit_strict) one by one, for
 /// those who commit by other means.
 ///
-/// Enqueue, [`set`](Self::set) as the last thing before `COMMIT`, then commit.
+/// Enqueue, ask for [`transaction_id`](crate::transaction_id), [`set`](Self::set) as the last thing before `COMMIT`, then
+/// commit.
 ///
 /// | What happened | What to do |
 /// |---|---|
@@ -31,16 +31,18 @@ const PAUSE: Duration = Duration::from_millis(20);
 pub struct Marks {
     redis: Redis,
     keys: Arc<[CacheKey]>,
-    xid: Xid,
+    mark: Mark,
 }
 
 impl Marks {
-    /// Prepares the marks for every key of `events`, which must be all events of transaction `xid`: see
-    /// [`Receipt::xid`](crate::Receipt::xid). Does nothing yet.
+    /// Prepares the marks for every key of `events`, which must be all events of `transaction`: see
+    /// [`transaction_id`](crate::transaction_id). Does nothing yet.
+    ///
+    /// To be made anew for every attempt to commit: the marks of each are told from all others.
     #[must_use]
-    pub fn new(redis: Redis, events: &[Event], xid: Xid) -> Self {
+    pub fn new(redis: Redis, events: &[Event], transaction: TransactionId) -> Self {
         let distinct: BTreeSet<_> = events.iter().flat_map(exact_keys).collect();
-        Self { redis, keys: distinct.into_iter().cloned().collect(), xid }
+        Self { redis, keys: distinct.into_iter().cloned().collect(), mark: Mark::generate(transaction) }
     }
 
     /// Sets them, within `limit`. From its success on no reader finds a value of these keys, and none can be stored,
@@ -66,8 +68,8 @@ impl Marks {
     }
 
     async fn mark(&self) -> Result<(), RedisError> {
-        let Self { redis, keys, xid } = self.clone();
-        finishing(async move { redis.mark(&keys, xid.0).await }).await
+        let Self { redis, keys, mark } = self.clone();
+        finishing(async move { redis.mark(&keys, mark).await }).await
     }
 
     /// Removes them, within `limit`, deleting the keys first. Only when the outcome of the transaction is known.
@@ -75,8 +77,8 @@ impl Marks {
     /// # Errors
     /// Any [`RedisError`]; the event of the transaction or the resolver removes what is left.
     pub async fn remove(&self, limit: Duration) -> Result<(), RedisError> {
-        let Self { redis, keys, xid } = self.clone();
-        within(limit, async move { redis.unmark(&keys, xid.0).await.map(drop) }).await
+        let Self { redis, keys, mark } = self.clone();
+        within(limit, async move { redis.unmark(&keys, mark).await.map(drop) }).await
     }
 }
 
@@ -109,7 +111,7 @@ mod tests {
     fn every_key_of_every_event_is_marked_once() {
         let redis = Redis::new(cache::RedisConfig::default()).unwrap();
         let events = [Event::delete(["b", "a"]).unwrap(), Event::delete(["c", "a"]).unwrap()];
-        let marks = Marks::new(redis, &events, Xid(7));
+        let marks = Marks::new(redis, &events, TransactionId { history: None, xid: 7 });
         let keys: Vec<_> = marks.keys.iter().map(CacheKey::as_str).collect();
         assert_eq!(keys, ["a", "b", "c"]);
     }

@@ -7,6 +7,7 @@ use sqlx_core::transaction::TransactionManager;
 
 use super::marks::within;
 use super::{CommitError, CommitLimits, Committed, Marks, commit, exact_keys, timed_out};
+use crate::enqueue::enqueue_and_identify;
 use crate::{EnqueueError, Receipt, enqueue_all};
 
 /// Commits transactions together with their events and tells the cache. Cheap to clone; one per process is enough.
@@ -50,12 +51,15 @@ impl Writer {
         events: &[Event],
     ) -> Result<Committed, CommitError> {
         let mut tx = self.whole(tx).await?;
-        let receipts = self.enqueue(&mut tx, events).await?;
-        let Some(xid) = receipts.first().map(|receipt| receipt.xid) else {
+        let (receipts, transaction) = match events {
+            [] => (self.nothing_to_enqueue(&mut tx).await?, None),
+            _ => self.enqueued(enqueue_and_identify(&mut tx, events)).await?,
+        };
+        let Some(transaction) = transaction else {
             commit(tx, self.limits.database).await?;
             return Ok(Committed { receipts, finished: true });
         };
-        let marks = Marks::new(self.redis.clone(), events, xid);
+        let marks = Marks::new(self.redis.clone(), events, transaction);
         if let Err(error) = marks.set(self.limits.mark).await {
             self.roll_back(tx).await;
             self.forget(marks);
@@ -87,7 +91,10 @@ impl Writer {
         events: &[Event],
     ) -> Result<Committed, CommitError> {
         let mut tx = self.whole(tx).await?;
-        let receipts = self.enqueue(&mut tx, events).await?;
+        let receipts = match events {
+            [] => self.nothing_to_enqueue(&mut tx).await?,
+            _ => self.enqueued(enqueue_all(&mut tx, events)).await?,
+        };
         commit(tx, self.limits.database).await?;
         let keys: Vec<_> = events.iter().flat_map(exact_keys).cloned().collect();
         let redis = self.redis.clone();
@@ -109,15 +116,25 @@ impl Writer {
         Err(CommitError::Savepoint)
     }
 
-    async fn enqueue(
+    async fn enqueued<T>(
         &self,
-        tx: &mut Transaction<'_, Postgres>,
-        events: &[Event],
-    ) -> Result<Vec<Receipt>, CommitError> {
-        tokio::time::timeout(self.limits.database, enqueue_all(tx, events))
+        enqueue: impl Future<Output = Result<T, EnqueueError>>,
+    ) -> Result<T, CommitError> {
+        tokio::time::timeout(self.limits.database, enqueue)
             .await
             .unwrap_or_else(|_| Err(EnqueueError::Database(timed_out())))
             .map_err(CommitError::Enqueue)
+    }
+
+    /// Finds out whether a transaction without events has failed. The server answers `COMMIT` without an error then, and
+    /// rolls back.
+    async fn nothing_to_enqueue(
+        &self,
+        tx: &mut Transaction<'_, Postgres>,
+    ) -> Result<Vec<Receipt>, CommitError> {
+        let asked = tokio::time::timeout(self.limits.database, sqlx::raw_sql("select 1").execute(&mut **tx));
+        asked.await.unwrap_or_else(|_| Err(timed_out())).map_err(CommitError::Refused)?;
+        Ok(Vec::new())
     }
 
     /// If this takes too long or fails, the server rolls back when it notices that the connection is gone: `COMMIT` was

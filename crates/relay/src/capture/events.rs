@@ -72,7 +72,15 @@ pub(super) fn of_several(
     xids: Vec<u64>,
     at_us: i64,
 ) -> Claimed {
-    let event = CommittedEvent { id: EventId::generate(), keys, change, xids, at_us, traceparent: None };
+    let event = CommittedEvent {
+        id: EventId::generate(),
+        keys,
+        change,
+        xids,
+        history: None,
+        at_us,
+        traceparent: None,
+    };
     Claimed { seq: 0, topic, event }
 }
 
@@ -91,6 +99,7 @@ fn event(commit: Commit, xid: u64, topic: Topic, keys: Vec<CacheKey>, change: Ch
         keys,
         change,
         xids: vec![xid],
+        history: None,
         at_us: commit.committed_at_us,
         traceparent: None,
     };

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
+use event::History;
 use futures::stream::{FuturesUnordered, StreamExt};
 use metrics::{counter, gauge, histogram};
 use outbox::capture::{self as recorded, Settlement};
@@ -212,7 +213,7 @@ impl Pump {
         if snapshot.timeline() != self.timeline {
             return Err(PumpError::OtherTimeline { log: self.timeline, database: snapshot.timeline() });
         }
-        let mut batch = Batch::default();
+        let mut batch = Batch { history: snapshot.history(), ..Default::default() };
         let mut still_waiting = Vec::new();
         for mut waiting in self.waiting.drain(..) {
             let xid = snapshot.extend(waiting.piece.commit.xid);
@@ -290,6 +291,7 @@ struct Batch {
     events: Vec<Claimed>,
     poison: Vec<Poison>,
     questions: Questions,
+    history: Option<History>,
 }
 
 impl Batch {
@@ -311,9 +313,10 @@ async fn publish(
     batch: Batch,
     health: Component,
 ) -> Result<Acknowledged, PumpError> {
-    let Batch { tickets, permits, mut events, mut poison, questions } = batch;
+    let Batch { tickets, permits, mut events, mut poison, questions, history } = batch;
     // They are visible, so a new snapshot of the tables that it reads has them.
     events.extend(expand::answer(&capture, &expanders, questions).await?);
+    events.iter_mut().for_each(|claimed| claimed.event.history = history);
     let (stream, published) = publish_surely(&capture.shared, &events, &mut poison, &health).await;
     for dead in &poison {
         tracing::error!(event_id = %dead.event_id(), reason = %dead.reason, "event set aside as a dead letter");

@@ -183,6 +183,7 @@ impl Decoded {
             keys: keys.to_vec(),
             change: change.clone(),
             xids: Vec::new(),
+            history: None,
             at_us,
             traceparent: None,
         }));

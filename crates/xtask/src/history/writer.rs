@@ -204,12 +204,11 @@ async fn unmarked(
     mut tx: Transaction<'_, Postgres>,
     events: &[Event],
 ) -> Result<(), Failure> {
-    let receipts = outbox::enqueue_all(&mut tx, events).await.map_err(|_| Failure::RolledBack)?;
+    outbox::enqueue_all(&mut tx, events).await.map_err(|_| Failure::RolledBack)?;
+    let transaction = outbox::transaction_id(&mut tx).await?;
     tx.commit().await.map_err(Failure::of_commit)?;
     tokio::time::sleep(UNMARKED_PAUSE).await;
-    if let Some(receipt) = receipts.first() {
-        // A failure is left to the event.
-        drop(Marks::new(shared.redis.clone(), events, receipt.xid).remove(LIMITS.finish).await);
-    }
+    // A failure is left to the event.
+    drop(Marks::new(shared.redis.clone(), events, transaction).remove(LIMITS.finish).await);
     Ok(())
 }

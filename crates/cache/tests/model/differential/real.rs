@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use cache::{Applied, Fill, LeaseId, LeaseToken, Redis, RedisConfig, Work};
+use cache::{Applied, Fill, LeaseId, LeaseToken, Mark, Redis, RedisConfig, Work};
 use devstack::RedisOptions;
 use event::{CacheKey, CommittedEvent, EventId};
 
@@ -24,6 +24,9 @@ const KEY: &str = "user:1";
 const GUARD: &str = "\u{1f}g{user:1}";
 const MARKS: &str = "\u{1f}m{user:1}";
 const REGISTRY: &str = "\u{1f}marks";
+
+/// The history that all transactions belong to.
+const HISTORY: &str = "d0000000001.2";
 
 /// Longer than any run.
 const HOUR: Duration = Duration::from_secs(3_600);
@@ -55,6 +58,12 @@ fn text(value: Transactions) -> String {
 
 fn parse(text: &str) -> Transactions {
     content(text.strip_prefix("value ").unwrap().parse().unwrap())
+}
+
+/// The mark of a transaction, always the same.
+fn mark(of: u8) -> Mark {
+    let xid = TRANSACTIONS[usize::from(of)];
+    Mark::parse(&format!("{HISTORY}:{xid}:{xid:016x}")).unwrap()
 }
 
 fn position<T: PartialEq>(of: &T, all: &[T]) -> u8 {
@@ -131,7 +140,8 @@ impl Real {
             state.guard = Guard::Version(position(&version.parse().unwrap(), &VERSIONS));
         }
         for mark in marks {
-            state.marks = state.marks.with(position(&mark.parse().unwrap(), &TRANSACTIONS));
+            let transaction = Mark::parse(mark).unwrap().transaction();
+            state.marks = state.marks.with(position(&transaction.xid, &TRANSACTIONS));
         }
         state
     }
@@ -139,7 +149,6 @@ impl Real {
     pub async fn take(&mut self, step: Step) -> Answer {
         let keys = std::slice::from_ref(&self.key);
         let token = |token: u8| self.tokens[usize::from(token)];
-        let transaction = |of: u8| TRANSACTIONS[usize::from(of)];
         match step {
             Step::Acquire { lease, unusable } => {
                 let token = token(lease.token);
@@ -153,17 +162,17 @@ impl Real {
                 return Answer::Stored(self.redis.fill(&self.key, self.lease(lease), fill).await.unwrap());
             }
             Step::Deliver { change, value, version, of } => {
-                let work = self.work(change, value, version, transaction(of));
+                let work = self.work(change, value, version, TRANSACTIONS[usize::from(of)]);
                 return Answer::Updated(outcome(self.redis.apply(&work).await.unwrap()));
             }
             Step::Release { token: of } => self.redis.release(&self.key, token(of)).await.unwrap(),
             Step::Invalidate => drop(self.redis.invalidate(keys).await.unwrap()),
-            Step::Mark { of } => self.redis.mark(keys, transaction(of)).await.unwrap(),
-            Step::Unmark { of } => drop(self.redis.unmark(keys, transaction(of)).await.unwrap()),
+            Step::Mark { of } => self.redis.mark(keys, mark(of)).await.unwrap(),
+            Step::Unmark { of } => drop(self.redis.unmark(keys, mark(of)).await.unwrap()),
             Step::MarkAdd { of } => self.add_mark(of).await,
             Step::UnmarkRemove { of } => {
-                self.raw(&["SREM", MARKS, &transaction(of).to_string()]).await;
-                self.raw(&["ZREM", REGISTRY, &format!("{}:{KEY}", transaction(of))]).await;
+                self.raw(&["SREM", MARKS, &mark(of).to_string()]).await;
+                self.raw(&["ZREM", REGISTRY, &format!("{}:{KEY}", mark(of))]).await;
             }
             Step::MarkUnlink | Step::UnmarkUnlink => drop(self.raw(&["UNLINK", GUARD, KEY]).await),
             Step::LoseValue => drop(self.raw(&["DEL", KEY]).await),
@@ -173,9 +182,8 @@ impl Real {
     }
 
     async fn add_mark(&self, of: u8) {
-        let transaction = TRANSACTIONS[usize::from(of)];
-        self.raw(&["ZADD", REGISTRY, "0", &format!("{transaction}:{KEY}")]).await;
-        self.raw(&["SADD", MARKS, &transaction.to_string()]).await;
+        self.raw(&["ZADD", REGISTRY, "0", &format!("{}:{KEY}", mark(of))]).await;
+        self.raw(&["SADD", MARKS, &mark(of).to_string()]).await;
     }
 
     fn work(&self, change: Change, value: u8, version: u8, transaction: u64) -> Work {
@@ -192,6 +200,7 @@ impl Real {
             keys: vec![self.key.clone()],
             change,
             xids: vec![transaction],
+            history: Some(HISTORY.parse().unwrap()),
             at_us: 0,
             traceparent: None,
         });

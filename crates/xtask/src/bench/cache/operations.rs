@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
-use cache::{Acquired, Cache, CacheConfig, Fill, LeaseToken, Options, Raw, Redis, RedisConfig};
+use cache::{Acquired, Cache, CacheConfig, Fill, LeaseToken, Mark, Options, Raw, Redis, RedisConfig};
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::io::tcp::TcpSettings;
 use deadpool_redis::redis::{self, IntoConnectionInfo};
-use event::CacheKey;
+use event::{CacheKey, History, TransactionId};
 use tokio::task::JoinSet;
 
 use crate::bench::numbers::ratio;
@@ -120,9 +120,11 @@ impl Operations {
             Kind::Acquire => return Ok(self.parts_of_a_miss().await?.0),
             Kind::Fill => return Ok(self.parts_of_a_miss().await?.1),
             Kind::MarkAndUnmark => {
-                let (keys, xid) = ([CacheKey::new(key)?], self.next());
-                self.cache.redis().mark(&keys, xid).await?;
-                self.cache.redis().unmark(&keys, xid).await?;
+                let history: History = "d0000000001.1".parse()?;
+                let transaction = TransactionId { history: Some(history), xid: self.next() };
+                let (keys, mark) = ([CacheKey::new(key)?], Mark::generate(transaction));
+                self.cache.redis().mark(&keys, mark).await?;
+                self.cache.redis().unmark(&keys, mark).await?;
             }
         }
         Ok(began.elapsed())
