@@ -88,8 +88,9 @@ async fn no_reader_can_fill_at_any_point_between_mark_and_unmark() {
     pair.fill(KEY).await.unwrap();
     let mut tx = rename(&pair.pool, "new").await;
     let events = events();
-    let receipt = outbox::enqueue(&mut tx, &events[0]).await.unwrap();
-    let marks = Marks::new(redis.clone(), &events, receipt.xid);
+    outbox::enqueue(&mut tx, &events[0]).await.unwrap();
+    let transaction = outbox::transaction_id(&mut tx).await.unwrap();
+    let marks = Marks::new(redis.clone(), &events, transaction);
 
     marks.set(MINUTE).await.unwrap();
     assert!(!pair.is_cached(KEY).await.unwrap());
@@ -105,15 +106,86 @@ async fn no_reader_can_fill_at_any_point_between_mark_and_unmark() {
     assert_eq!(pair.stack.redis.command(&["GET", KEY]).await.unwrap(), "new");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn strict_commit_lets_no_old_value_in_from_before_the_commit_until_it_returns() {
-    let pair = pair_with_user().await;
-    pair.relay.process().terminate().await.unwrap();
+/// From now on a commit that changes a user waits for whoever has the lock.
+async fn hold_commits(pool: &PgPool) -> Transaction<'static, Postgres> {
     let sql = "create function wait() returns trigger language plpgsql as
                $$ begin perform pg_advisory_xact_lock(7); return null; end $$;
                create constraint trigger wait after update on users deferrable initially deferred
                for each row execute function wait();";
-    sqlx::raw_sql(sql).execute(&pair.pool).await.unwrap();
+    sqlx::raw_sql(sql).execute(pool).await.unwrap();
+    let mut barrier = pool.begin().await.unwrap();
+    sqlx::query("select pg_advisory_xact_lock(7)").execute(&mut *barrier).await.unwrap();
+    barrier
+}
+
+/// Waits until a commit waits for the lock.
+async fn until_held(pool: &PgPool) {
+    let waiting = "select exists (select from pg_locks where locktype = 'advisory' and not granted)";
+    eventually(SOON, async || sqlx::query_scalar::<_, bool>(waiting).fetch_one(pool).await.unwrap()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strict_write_with_an_update_marks_its_key_too() {
+    let pair = pair_with_user().await;
+    pair.relay.process().terminate().await.unwrap();
+    let redis = pair.cache().unwrap();
+    let barrier = hold_commits(&pair.pool).await;
+    let writer = Writer::new(redis.clone());
+    let tx = rename(&pair.pool, "new").await;
+    let update = [Event::update(KEY, "new", 2, MINUTE).unwrap()];
+    let write = tokio::spawn(async move { writer.commit_strict(tx, &update).await });
+    until_held(&pair.pool).await;
+    assert_eq!(acquire(&redis).await, Acquired::Bypass);
+    barrier.rollback().await.unwrap();
+    assert!(write.await.unwrap().unwrap().finished);
+    assert!(grant(&redis).await.is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn default_write_invalidates_only_after_its_commit() {
+    let pair = pair_with_user().await;
+    pair.relay.process().terminate().await.unwrap();
+    let redis = pair.cache().unwrap();
+    let barrier = hold_commits(&pair.pool).await;
+    let writer = Writer::new(redis.clone());
+    let tx = rename(&pair.pool, "new").await;
+    let write = tokio::spawn(async move { writer.commit_and_invalidate(tx, &events()).await });
+    until_held(&pair.pool).await;
+    // What is stored now is old, and nothing but the delete after the commit can remove it.
+    let lease = grant(&redis).await.unwrap();
+    assert!(fill(&redis, &lease, &load(&pair.pool).await).await);
+    barrier.rollback().await.unwrap();
+    assert!(write.await.unwrap().unwrap().finished);
+    assert!(!pair.is_cached(KEY).await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commit_of_a_failed_transaction_is_an_error_even_without_events() {
+    let pair = pair_with_user().await;
+    let writer = Writer::new(pair.cache().unwrap());
+    for strict in [true, false] {
+        let mut tx = rename(&pair.pool, "never").await;
+        sqlx::raw_sql("select 1 / 0").execute(&mut *tx).await.unwrap_err();
+        let refused = match strict {
+            true => writer.commit_strict(tx, &[]).await,
+            false => writer.commit_and_invalidate(tx, &[]).await,
+        };
+        let error = refused.unwrap_err();
+        assert!(matches!(error, CommitError::Refused(_)) && error.is_rolled_back(), "{error:?}");
+        assert_eq!(load(&pair.pool).await, "old");
+        let tx = rename(&pair.pool, "old").await;
+        let committed = match strict {
+            true => writer.commit_strict(tx, &[]).await,
+            false => writer.commit_and_invalidate(tx, &[]).await,
+        };
+        assert!(committed.unwrap().finished);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strict_commit_lets_no_old_value_in_from_before_the_commit_until_it_returns() {
+    let pair = pair_with_user().await;
+    pair.relay.process().terminate().await.unwrap();
     let proxy = FaultProxy::start(pair.stack.redis.address()).await.unwrap();
     let url = pair.stack.redis.url_through(&proxy);
     let limits = CommitLimits { finish: MINUTE, ..Default::default() };
@@ -124,8 +196,7 @@ async fn strict_commit_lets_no_old_value_in_from_before_the_commit_until_it_retu
     let straddling = grant(&redis).await.unwrap();
     let old = load(&pair.pool).await;
     // COMMIT takes as long as this lock is held.
-    let mut barrier = pair.pool.begin().await.unwrap();
-    sqlx::query("select pg_advisory_xact_lock(7)").execute(&mut *barrier).await.unwrap();
+    let barrier = hold_commits(&pair.pool).await;
     let tx = rename(&pair.pool, "new").await;
     let write = tokio::spawn(async move { writer.commit_strict(tx, &events()).await });
     eventually(SOON, async || acquire(&redis).await == Acquired::Bypass).await;
