@@ -99,6 +99,7 @@ mod tests {
             keys: vec![CacheKey::new(key).unwrap()],
             change: Change::Delete,
             xids: vec![1],
+            history: None,
             at_us: 1,
             traceparent: None,
         };
