@@ -76,6 +76,20 @@ pub async fn meet(pool: &PgPool, relay: Uuid, created: DateTime<Utc>) -> Result<
     Ok(if present.created.is_some() { Meeting::Recreated { messages } } else { Meeting::First })
 }
 
+/// Names the database among all others: the system identifier of its server, and its oid.
+///
+/// # Errors
+/// Whatever the database says, for example that the role may not ask for the system identifier.
+pub async fn database(pool: &PgPool) -> Result<String, sqlx::Error> {
+    whole(
+        "select system_identifier::text || '/' || (select oid::text from pg_database where datname = current_database())
+         from pg_control_system()",
+    )
+    .fetch_one(pool)
+    .await?
+    .try_get(0)
+}
+
 /// Says that the relay `relay` has ended, so that nobody waits for what it sees.
 ///
 /// # Errors

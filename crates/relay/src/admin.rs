@@ -9,7 +9,6 @@ mod status;
 use std::time::Duration;
 
 use anyhow::bail;
-use async_nats::jetstream::{self, stream::Info};
 use clap::Subcommand;
 use event::nats::STREAM;
 use outbox::republication;
@@ -17,6 +16,7 @@ use service::nats::Nats;
 use sqlx::PgPool;
 
 use crate::database::{Access, Servers};
+use crate::stream::{self, Looked};
 use crate::{Config, database, run};
 
 pub use dead::DeadCommand;
@@ -117,10 +117,11 @@ async fn republish(pool: &PgPool, since: Duration) -> anyhow::Result<()> {
 }
 
 /// The stream as it is now, or what is wrong with the way to it. Looking must not create it.
-async fn look_at_stream(config: &Config) -> anyhow::Result<(Nats, jetstream::Context, Info)> {
+async fn look_at_stream(config: &Config) -> anyhow::Result<(Nats, Looked)> {
     let nats = Nats::connect(&config.nats, "relay-admin", PATIENCE).await?;
     let jetstream = run::jetstream_context(&nats, config);
-    let stream = jetstream.get_stream(STREAM).await?;
-    let info = stream.cached_info().clone();
-    Ok((nats, jetstream, info))
+    match stream::look(&nats, &jetstream).await? {
+        Some(looked) => Ok((nats, looked)),
+        None => bail!("stream {STREAM} does not exist"),
+    }
 }

@@ -10,6 +10,7 @@ use event::nats::STREAM;
 use metrics::{counter, gauge};
 use outbox::stream::{self as known, Meeting, Newest, OtherRelay, StreamPosition};
 use outbox::{republication, retention};
+use serde_json::{Map, Value};
 use service::nats::{Link, Nats};
 use service::{Backoff, Component, Report, Shutdown};
 use sqlx::PgPool;
@@ -52,6 +53,8 @@ pub struct Keeper {
     pub lacking: Arc<Notify>,
     /// Name of this process among the relays.
     pub relay: Uuid,
+    /// Name of the database, if it can be told.
+    pub owner: Option<String>,
     /// Options.
     pub config: Config,
 }
@@ -63,7 +66,9 @@ enum KeeperError {
     #[error("Postgres failed")]
     Database(#[from] sqlx::Error),
     #[error(
-        "a relay at {address} publishes the events of this database to a stream created at {stream_created}, and looked at it          {seen_ago:.0} s ago; this relay sees a stream created at {seen}: if that is another NATS, stop one of the two and see          that NATS_URL is the same everywhere; if the stream was created anew, the other relay will see it in a moment",
+        "a relay at {address} publishes the events of this database to a stream created at {stream_created}, and looked at it \
+         {seen_ago:.0} s ago; this relay sees a stream created at {seen}: if that is another NATS, stop one of the two and see \
+         that NATS_URL is the same everywhere; if the stream was created anew, the other relay will see it in a moment",
         address = other.address, stream_created = other.stream_created, seen_ago = other.seen_ago
     )]
     Elsewhere { other: OtherRelay, seen: chrono::DateTime<chrono::Utc> },
@@ -76,6 +81,10 @@ struct Memory {
     known_since: Option<Link>,
     /// Whether it was said that it cannot be looked at.
     is_blind: bool,
+    /// What was said about the options of the stream.
+    risks: Vec<String>,
+    /// Whether it was said that the name of the database cannot be written into the stream.
+    cannot_claim: bool,
 }
 
 impl Keeper {
@@ -91,7 +100,11 @@ impl Keeper {
             let pause = match self.look(&mut memory, link).await {
                 Ok(()) => {
                     retry.reset();
-                    health.ready();
+                    if memory.risks.is_empty() {
+                        health.ready();
+                    } else {
+                        health.ready_with(format!("stream {STREAM}: {}", memory.risks.join("; ")));
+                    }
                     LOOK_INTERVAL
                 }
                 Err(error) => {
@@ -162,7 +175,11 @@ impl Keeper {
     }
 
     async fn look(&self, memory: &mut Memory, link: Link) -> Result<(), KeeperError> {
-        let usable = self.ensure(link).await?;
+        let nats_stream::Seen { usable, risks, unowned } = self.ensure(link).await?;
+        note_risks(memory, risks);
+        if let (Some(options), Some(owner), false) = (unowned, &self.owner, memory.cannot_claim) {
+            self.claim(memory, options, owner).await;
+        }
         match self.config.retention() {
             None => within(PATIENCE, retention::keep_nothing(&self.pool)).await?,
             Some(_) => within(PATIENCE, retention::keep(&self.pool)).await?,
@@ -211,8 +228,24 @@ impl Keeper {
         Ok(())
     }
 
-    async fn ensure(&self, link: Link) -> Result<Usable, StreamError> {
-        nats_stream::ensure(&self.nats, &self.jetstream, &self.config, link).await
+    /// A stream of an older version, or of an operator, names no database. Without the right to change that, everything goes
+    /// on; only a relay of another database is not kept away.
+    async fn claim(&self, memory: &mut Memory, options: Map<String, Value>, owner: &str) {
+        match nats_stream::claim(&self.nats, &self.jetstream, options, owner).await {
+            Ok(()) => tracing::info!(owner, "stream {STREAM} names its database now"),
+            Err(error) => {
+                memory.cannot_claim = true;
+                tracing::warn!(
+                    error = %Report::of(&error),
+                    "cannot write the name of the database into the description of stream {STREAM}: a relay of another database \
+                     would not be refused; the NATS user needs permission to publish on $JS.API.STREAM.UPDATE.{STREAM}"
+                );
+            }
+        }
+    }
+
+    async fn ensure(&self, link: Link) -> Result<nats_stream::Seen, StreamError> {
+        nats_stream::ensure(&self.nats, &self.jetstream, &self.config, self.owner.as_deref(), link).await
     }
 
     /// Notices that the stream does not hold any more what it has acknowledged. Its end tells most of it; but it may have been
@@ -226,7 +259,7 @@ impl Keeper {
         };
         if newest.stream_seq > last_seq {
             // Another relay may have published and settled between the two looks.
-            let again = self.ensure(usable.link).await?.position;
+            let again = self.ensure(usable.link).await?.usable.position;
             if again.created != created {
                 return Ok(());
             }
@@ -297,6 +330,15 @@ impl Keeper {
             }
         }
     }
+}
+
+/// Says what is new about the options of the stream.
+fn note_risks(memory: &mut Memory, risks: Vec<String>) {
+    gauge!(names::STREAM_RISKS).set(f64::from(u32::try_from(risks.len()).unwrap_or(u32::MAX)));
+    for risk in risks.iter().filter(|risk| !memory.risks.contains(risk)) {
+        tracing::warn!("stream {STREAM}: {risk}; change it with `nats stream edit {STREAM}`");
+    }
+    memory.risks = risks;
 }
 
 /// Why nothing is published while the connection is lost.

@@ -36,6 +36,7 @@ metrics! {
     describe_histogram PUBLISH_TIME = "relay_publish_seconds", Seconds, "Time from the first message of a claim to its last acknowledgement";
     describe_histogram SETTLE_TIME = "relay_settle_seconds", Seconds, "Time to retain the envelopes and commit";
     describe_counter REPUBLISHED = "relay_republished_messages_total", Count, "Retained messages published again because the stream had lost them";
+    describe_gauge STREAM_RISKS = "relay_stream_risks", Count, "Options of the stream that could lose events or hold them back";
     describe_gauge REPUBLISH_REMAINING = "relay_republish_remaining", Count, "About how many retained messages all relays have yet to publish again";
     describe_counter STREAM_LOSSES = "relay_stream_losses_total", Count, "Times the stream was created anew or found to lack what it had acknowledged";
     describe_gauge CAPTURE_ACTIVE = "relay_wal_active", Count, "1 while this relay reads the write-ahead log";

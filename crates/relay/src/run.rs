@@ -2,7 +2,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream;
-use event::nats::STREAM;
 use rules::Rules;
 use service::nats::{Nats, NatsError};
 use service::{Health, HttpServer, Limits, Metrics, Patience, Report, Shutdown, UsageError, drain};
@@ -52,7 +51,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         tracing::info!("stopped while starting");
         return Ok(());
     };
-    let Opened { servers, access, pool, nats, jetstream, wal } = opened?;
+    let Opened { servers, access, pool, nats, jetstream, owner, wal } = opened?;
     let limits = Limits { stall_after: Some(STALL_AFTER), dead_after: Some(DEAD_AFTER) };
 
     let (stream_sender, stream_receiver) = watch::channel(Err("the stream was not looked at yet".to_owned()));
@@ -65,6 +64,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         suspect: Arc::clone(&suspect),
         lacking: Arc::clone(&lacking),
         relay: Uuid::now_v7(),
+        owner,
         config: config.clone(),
     };
     let shared = Arc::new(Shared {
@@ -121,6 +121,7 @@ struct Opened {
     pool: sqlx::PgPool,
     nats: Nats,
     jetstream: jetstream::Context,
+    owner: Option<String>,
     wal: Option<Arc<Rules>>,
 }
 
@@ -139,15 +140,24 @@ async fn open(config: &Config) -> anyhow::Result<Opened> {
     }
     let nats = Nats::connect(&config.nats, "relay", CONNECT_PATIENCE).await?;
     let jetstream = jetstream_context(&nats, config);
-    stream::ensure(&nats, &jetstream, config, nats.link()).await?;
-    if let Ok(existing) = jetstream.get_stream(STREAM).await {
-        for difference in stream::differences(&existing.cached_info().config, config) {
+    let owner = owner(&pool).await;
+    stream::ensure(&nats, &jetstream, config, owner.as_deref(), nats.link()).await?;
+    Ok(Opened { servers, access, pool, nats, jetstream, owner, wal })
+}
+
+/// The name of the database that the stream is to carry.
+async fn owner(pool: &sqlx::PgPool) -> Option<String> {
+    match database::within(database::PATIENCE, outbox::stream::database(pool)).await {
+        Ok(name) => Some(name),
+        Err(error) => {
             tracing::warn!(
-                "{difference}: it applies when the stream is created; change it with `nats stream edit {STREAM}`"
+                error = %Report::of(&error),
+                "cannot tell this database from others: a stream of another database is not noticed; grant execute on function \
+                 pg_control_system to the relay"
             );
+            None
         }
     }
-    Ok(Opened { servers, access, pool, nats, jetstream, wal })
 }
 
 /// Tells if a failure to start may pass without anybody doing something: a server is away.

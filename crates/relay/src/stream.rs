@@ -1,7 +1,10 @@
 //! The stream: created if missing, checked if present, every option explicit.
 
+mod options;
+
 use std::time::Duration;
 
+use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::{
     Config as StreamConfig, DiscardPolicy, Info, RetentionPolicy, StorageType,
 };
@@ -9,9 +12,12 @@ use async_nats::jetstream::{self, ErrorCode};
 use chrono::{DateTime, Utc};
 use event::nats::{STREAM, SUBJECTS};
 use outbox::stream::StreamPosition;
+use serde_json::{Map, Value, json};
 use service::nats::{JetStreamError, Link, Nats};
 
 use crate::Config;
+
+pub use options::{Judgement, judge};
 
 /// How long JetStream remembers message ids. A claim that was published but not settled comes again within seconds.
 const DUPLICATE_WINDOW: Duration = Duration::from_mins(2);
@@ -28,6 +34,21 @@ pub enum StreamError {
     /// Creating it failed.
     #[error("cannot create stream {STREAM}")]
     Create(#[source] JetStreamError),
+    /// It was deleted while it was looked at.
+    #[error("stream {STREAM} was deleted at this moment")]
+    Vanished,
+    /// It carries the events of another database.
+    #[error(
+        "stream {STREAM} belongs to the database {theirs} (system identifier and oid) and this relay publishes for {ours}; give \
+         each database a NATS account of its own, or, if this database has replaced the other one, release the stream with \
+         `nats stream edit {STREAM} --description ''`"
+    )]
+    Foreign {
+        /// The database that the stream names.
+        theirs: String,
+        /// The database of this relay.
+        ours: String,
+    },
     /// It exists, but with options under which invalidations could be lost.
     #[error("stream {STREAM} has unsafe options: {findings}; correct them with `nats stream edit {STREAM}`")]
     Unsafe {
@@ -36,30 +57,27 @@ pub enum StreamError {
     },
 }
 
-/// Options that have their effect only when the stream is created, and differ now: it is not for a restart of a relay to
-/// change a stream, which may drop messages.
-#[must_use]
-pub fn differences(actual: &StreamConfig, config: &Config) -> Vec<String> {
-    let wanted = wanted(config);
-    let mut found = Vec::new();
-    if actual.max_age != wanted.max_age {
-        found.push(format!("RELAY_STREAM_MAX_AGE is {:?}, max_age {:?}", wanted.max_age, actual.max_age));
-    }
-    if actual.num_replicas != wanted.num_replicas {
-        found.push(format!(
-            "RELAY_STREAM_REPLICAS is {}, replicas {}",
-            wanted.num_replicas, actual.num_replicas
-        ));
-    }
-    if actual.max_bytes.max(-1) != wanted.max_bytes {
-        let limit = |bytes| if bytes > 0 { format!("{bytes}") } else { "not set".to_owned() };
-        found.push(format!(
-            "RELAY_STREAM_MAX_BYTES is {}, max_bytes {}",
-            limit(wanted.max_bytes),
-            limit(actual.max_bytes)
-        ));
-    }
-    found
+/// What the description of the stream says before the name of its database. Every version of NATS keeps a description.
+const DESCRIPTION: &str = "Cache invalidations of committed transactions of database ";
+
+/// The stream as the server describes it.
+#[derive(Debug, Clone)]
+pub struct Looked {
+    /// What this version knows of it.
+    pub info: Info,
+    /// Every option by its name on the wire.
+    pub options: Map<String, Value>,
+}
+
+/// The stream as a relay needs it.
+#[derive(Debug)]
+pub struct Seen {
+    /// What the workers need to know.
+    pub usable: Usable,
+    /// Options that could lose events or hold them back under some circumstances.
+    pub risks: Vec<String>,
+    /// The options, if the stream names no database yet.
+    pub unowned: Option<Map<String, Value>>,
 }
 
 /// What the workers need to know of the stream.
@@ -73,12 +91,12 @@ pub struct Usable {
     pub link: Link,
 }
 
-/// The options the relay creates the stream with.
+/// The options the relay creates the stream with, for the database `owner`.
 #[must_use]
-pub fn wanted(config: &Config) -> StreamConfig {
+pub fn wanted(config: &Config, owner: Option<&str>) -> StreamConfig {
     StreamConfig {
         name: STREAM.to_owned(),
-        description: Some("Cache invalidations of committed transactions".to_owned()),
+        description: owner.map(|owner| format!("{DESCRIPTION}{owner}")),
         subjects: vec![SUBJECTS.to_owned()],
         storage: StorageType::File,
         retention: RetentionPolicy::Limits,
@@ -97,7 +115,7 @@ pub fn wanted(config: &Config) -> StreamConfig {
     }
 }
 
-/// Finds the stream or creates it, and checks it.
+/// Finds the stream or creates it, and checks it. `owner` is the name of the relay's database, if it is known.
 ///
 /// # Errors
 /// [`StreamError`].
@@ -105,63 +123,80 @@ pub async fn ensure(
     nats: &Nats,
     jetstream: &jetstream::Context,
     config: &Config,
+    owner: Option<&str>,
     link: Link,
-) -> Result<Usable, StreamError> {
-    let info = match jetstream.get_stream(STREAM).await {
-        Ok(stream) => stream.cached_info().clone(),
-        Err(error) if is_missing(&error) => create(nats, jetstream, config).await?,
-        Err(error) => return Err(StreamError::Look(nats.judge(error))),
+) -> Result<Seen, StreamError> {
+    let Looked { info, options } = match look(nats, jetstream).await? {
+        Some(looked) => looked,
+        None => create(nats, jetstream, config, owner).await?,
     };
-    let findings = unsafe_options(&info.config);
-    if !findings.is_empty() {
-        return Err(StreamError::Unsafe { findings: findings.join("; ") });
+    let theirs = info.config.description.as_deref().and_then(|text| text.strip_prefix(DESCRIPTION));
+    if let (Some(theirs), Some(ours)) = (theirs, owner)
+        && theirs != ours
+    {
+        return Err(StreamError::Foreign { theirs: theirs.to_owned(), ours: ours.to_owned() });
     }
     let max_payload = nats.client.server_info().max_payload;
-    Ok(Usable { position: position(&info), max_body: max_body(&info.config, max_payload), link })
+    let Judgement { unusable, risks } = judge(&options, config, max_payload);
+    if !unusable.is_empty() {
+        return Err(StreamError::Unsafe { findings: unusable.join("; ") });
+    }
+    let usable = Usable { position: position(&info), max_body: max_body(&info.config, max_payload), link };
+    Ok(Seen { usable, risks, unowned: theirs.is_none().then_some(options) })
 }
 
-async fn create(nats: &Nats, jetstream: &jetstream::Context, config: &Config) -> Result<Info, StreamError> {
-    let stream = jetstream
-        .create_stream(wanted(config))
-        .await
-        .map_err(|error| StreamError::Create(nats.judge(error)))?;
-    tracing::info!(stream = STREAM, "created the stream");
-    Ok(stream.cached_info().clone())
-}
-
-fn is_missing(error: &jetstream::context::GetStreamError) -> bool {
-    matches!(error.kind(), jetstream::context::GetStreamErrorKind::JetStream(error)
-        if error.error_code() == ErrorCode::STREAM_NOT_FOUND)
-}
-
-/// Options under which acknowledged invalidations could disappear unread, whoever created the stream. Old servers drop
-/// options they do not know without a word, so what the server returned is judged, not what was asked for.
-#[must_use]
-pub fn unsafe_options(actual: &StreamConfig) -> Vec<String> {
-    let mut findings = Vec::new();
-    let mut check = |holds: bool, finding: &str| {
-        if !holds {
-            findings.push(finding.to_owned());
-        }
+/// Asks for the stream; `None` if there is none.
+///
+/// # Errors
+/// [`StreamError::Look`].
+pub async fn look(nats: &Nats, jetstream: &jetstream::Context) -> Result<Option<Looked>, StreamError> {
+    let failed = |error: async_nats::Error| StreamError::Look(nats.judge(error));
+    let asked = jetstream.request(format!("STREAM.INFO.{STREAM}"), &json!({})).await;
+    let answer: Value = match asked.map_err(|error| failed(error.into()))? {
+        Response::Ok(answer) => answer,
+        Response::Err { error } if error.error_code() == ErrorCode::STREAM_NOT_FOUND => return Ok(None),
+        Response::Err { error } => return Err(failed(error.into())),
     };
-    check(
-        actual.subjects.iter().any(|subject| subject == SUBJECTS),
-        "it does not have the subject invalidation.>",
-    );
-    check(
-        actual.storage == StorageType::File,
-        "storage is not file, a restart of NATS would lose everything",
-    );
-    check(actual.retention == RetentionPolicy::Limits, "retention is not limits");
-    check(!actual.no_ack, "no_ack is set, publishing could never be confirmed");
-    // It drops the oldest message of the subject whatever discard says.
-    check(actual.max_messages_per_subject <= 0, "it has max_msgs_per_subject, set it to -1");
-    let limited = actual.max_bytes > 0 || actual.max_messages > 0;
-    check(
-        !limited || actual.discard == DiscardPolicy::New,
-        "it has a size limit with discard=old, a full stream would drop invalidations nobody has read; set discard=new",
-    );
-    findings
+    let options = answer["config"].as_object().cloned().unwrap_or_default();
+    let info = serde_json::from_value(answer).map_err(|error| failed(error.into()))?;
+    Ok(Some(Looked { info, options }))
+}
+
+/// Writes the name of the relay's database into the description of a stream that names none.
+///
+/// # Errors
+/// [`JetStreamError`], such as a missing right.
+pub async fn claim(
+    nats: &Nats,
+    jetstream: &jetstream::Context,
+    mut options: Map<String, Value>,
+    owner: &str,
+) -> Result<(), JetStreamError> {
+    options.insert("description".to_owned(), format!("{DESCRIPTION}{owner}").into());
+    let asked = jetstream.request(format!("STREAM.UPDATE.{STREAM}"), &options).await;
+    match asked.map_err(|error| nats.judge(error))? {
+        Response::<Value>::Ok(_) => Ok(()),
+        Response::Err { error } => Err(nats.judge(error)),
+    }
+}
+
+async fn create(
+    nats: &Nats,
+    jetstream: &jetstream::Context,
+    config: &Config,
+    owner: Option<&str>,
+) -> Result<Looked, StreamError> {
+    let created = jetstream.create_stream(wanted(config, owner)).await;
+    match look(nats, jetstream).await? {
+        Some(looked) => {
+            if created.is_ok() {
+                tracing::info!(stream = STREAM, "created the stream");
+            }
+            Ok(looked)
+        }
+        None => Err(created
+            .map_or_else(|error| StreamError::Create(nats.judge(error)), |_stream| StreamError::Vanished)),
+    }
 }
 
 /// Identity and end of a stream.

@@ -30,6 +30,7 @@ mod secrets;
 mod starting;
 mod stopping;
 mod stream_losses;
+mod stream_options;
 mod strict;
 mod subscriber;
 mod tidy;

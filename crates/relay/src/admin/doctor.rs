@@ -5,14 +5,15 @@ use std::time::Duration;
 use anyhow::bail;
 use async_nats::jetstream::stream::Info;
 use chrono::{DateTime, Utc};
+use event::nats::STREAM;
 use outbox::dead_letters;
 use outbox::diagnosis::{self, Facts};
 use service::Report;
 use sqlx::PgPool;
 
-use super::{look_at_stream, rules};
+use super::{Looked, look_at_stream, rules};
 use crate::config::{Config, Source};
-use crate::stream;
+use crate::stream::{self, Judgement};
 
 /// The oldest Postgres with everything the outbox uses (`xid8`, `pg_current_xact_id`).
 const OLDEST_POSTGRES: i32 = 140_000;
@@ -25,9 +26,6 @@ const MANY_DEAD_TUPLES: i64 = 200_000;
 
 /// Clocks further apart than this make every reported latency wrong.
 const MAX_CLOCK_SKEW: Duration = Duration::from_millis(500);
-
-/// Below this JetStream could take a repetition for something new.
-const MIN_DUPLICATE_WINDOW: Duration = Duration::from_secs(30);
 
 /// One thing that was looked at.
 struct Finding {
@@ -50,7 +48,7 @@ pub(super) async fn print(pool: &PgPool, config: &Config) -> anyhow::Result<()> 
     }
     findings.extend(log::judge(pool, config).await?);
     match look_at_stream(config).await {
-        Ok((nats, _, info)) => findings.extend(judge_stream(&info, &nats.client.server_info(), config)),
+        Ok((nats, looked)) => findings.extend(judge_stream(&looked, &nats.client.server_info(), config)),
         Err(error) => findings.push(Finding {
             subject: "stream",
             fact: format!("not reachable: {}", Report::of(error.as_ref())),
@@ -164,29 +162,20 @@ fn judge_triggers(missing: anyhow::Result<Option<Vec<String>>>) -> Finding {
     }
 }
 
-fn judge_stream(info: &Info, server: &async_nats::ServerInfo, config: &Config) -> Vec<Finding> {
+fn judge_stream(looked: &Looked, server: &async_nats::ServerInfo, config: &Config) -> Vec<Finding> {
+    let Looked { info, options } = looked;
     let actual = &info.config;
-    let unsafe_options = stream::unsafe_options(actual);
+    let Judgement { unusable, risks } = stream::judge(options, config, server.max_payload);
     let replicas = info.cluster.as_ref().map_or(1, |cluster| cluster.replicas.len() + 1);
-    vec![
+    let mut findings = vec![
         finding("nats", format!("version {}, max_payload {}", server.version, server.max_payload), true, ""),
         Finding {
             subject: "stream",
             fact: format!("{} with subjects {}", actual.name, actual.subjects.join(", ")),
-            remedy: (!unsafe_options.is_empty()).then(|| unsafe_options.join("; ")),
+            remedy: (!unusable.is_empty()).then(|| unusable.join("; ")),
         },
-        finding(
-            "stream age",
-            format!("keeps messages for {}", human(actual.max_age)),
-            actual.max_age.is_zero() || actual.max_age >= config.stream_max_age,
-            "shorter than RELAY_STREAM_MAX_AGE; a subscriber that is away longer misses invalidations",
-        ),
-        finding(
-            "duplicates",
-            format!("duplicate window {}", human(actual.duplicate_window)),
-            actual.duplicate_window >= MIN_DUPLICATE_WINDOW,
-            "set the duplicate window to 2m, so that repeated publishes are recognized",
-        ),
+        finding("stream age", format!("keeps messages for {}", human(actual.max_age)), true, ""),
+        finding("duplicates", format!("duplicate window {}", human(actual.duplicate_window)), true, ""),
         finding(
             "replicas",
             format!("{replicas}"),
@@ -202,7 +191,10 @@ fn judge_stream(info: &Info, server: &async_nats::ServerInfo, config: &Config) -
             actual.max_bytes <= 0 || used(info) < 0.8 * megabytes(actual.max_bytes),
             "nearly full; raise max_bytes, otherwise events will wait in the outbox",
         ),
-    ]
+    ];
+    let remedy = format!("change it with `nats stream edit {STREAM}`");
+    findings.extend(risks.into_iter().map(|risk| finding("option", risk, false, &remedy)));
+    findings
 }
 
 /// Distance of two clocks, as far as the time the question took allows to say.

@@ -3,8 +3,8 @@ use outbox::{backlog, dead_letters, republication};
 use service::Report;
 use sqlx::PgPool;
 
-use super::look_at_stream;
 use super::slot::describe;
+use super::{Looked, look_at_stream};
 use crate::config::{Config, Source};
 
 /// Counting stops here; a larger backlog is shown as "more than".
@@ -34,7 +34,7 @@ pub(super) async fn print(pool: &PgPool, config: &Config) -> anyhow::Result<()> 
         println!("slot          {}", describe(&config.capture.slot, slot.as_ref()));
     }
     match look_at_stream(config).await {
-        Ok((_, _, info)) => println!(
+        Ok((_, Looked { info, .. })) => println!(
             "stream        {} holds {} messages, {:.1} MB, sequences {} to {}, {} consumers",
             info.config.name,
             info.state.messages,
