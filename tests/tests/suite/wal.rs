@@ -19,6 +19,7 @@ mod partitions;
 mod publication;
 mod recovery;
 mod schema;
+mod synchronized;
 mod transactions;
 mod values;
 mod writers;
