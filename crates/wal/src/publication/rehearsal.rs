@@ -14,8 +14,10 @@ pub struct Refusal {
     pub said: String,
 }
 
-/// Runs each statement and returns what failed. Each in a subtransaction, so that one does not hide the next.
-const REHEARSAL: &str = "create function pg_temp.outbox_rehearse(statements text[])
+/// Runs each statement and returns what failed. Each in a subtransaction, so that one does not hide the next; and none
+/// waits for long, since there may be thousands.
+const REHEARSAL: &str = "set local lock_timeout = '100ms';
+    create function pg_temp.outbox_rehearse(statements text[])
     returns table (place int, code text, said text) language plpgsql as $rehearse$
     declare detail text;
     begin
