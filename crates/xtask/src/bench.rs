@@ -4,6 +4,7 @@ mod account;
 mod cache;
 mod capture;
 mod claim;
+mod debezium;
 mod drain;
 mod events;
 mod figures;
@@ -69,6 +70,8 @@ enum Bench {
     Cache,
     /// Capture from the write-ahead log, beside the outbox
     Capture,
+    /// Change events of Debezium, from JetStream to deletion
+    Debezium,
 }
 
 /// How much to measure.
@@ -124,6 +127,7 @@ async fn measure(
             Bench::Triggers => triggers::measure(scale).await?,
             Bench::Cache => cache::measure(scale).await?,
             Bench::Capture => capture::measure(programs, scale).await?,
+            Bench::Debezium => debezium::measure(programs, scale).await?,
         });
     }
     Ok((surroundings, figures))

@@ -9,6 +9,7 @@ mod observer;
 mod paint;
 mod pair;
 mod programs;
+mod record_debezium;
 mod resp;
 mod servers;
 mod test;
@@ -37,6 +38,7 @@ enum Task {
     Bench(bench::Arguments),
     Matrix(matrix::Arguments),
     CheckHistory(history::Arguments),
+    RecordDebezium(record_debezium::Arguments),
     /// A reader or a writer of check-history
     #[command(hide = true)]
     HistoryProcess(history::ProcessArguments),
@@ -49,6 +51,7 @@ fn main() -> ExitCode {
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Matrix(arguments) => matrix::run(&arguments),
         Task::CheckHistory(arguments) => history::run(&arguments),
+        Task::RecordDebezium(arguments) => record_debezium::run(&arguments),
         Task::HistoryProcess(arguments) => history::run_process(arguments).map(|()| ExitCode::SUCCESS),
     };
     outcome.unwrap_or_else(|error| {

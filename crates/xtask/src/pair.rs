@@ -59,8 +59,13 @@ impl Ground {
 
     /// Starts a subscriber. Does not wait until it is ready.
     pub fn spawn_subscriber(&self) -> anyhow::Result<Daemon> {
+        self.spawn_subscriber_with(&[])
+    }
+
+    /// Starts a subscriber with more environment. Does not wait until it is ready.
+    pub fn spawn_subscriber_with(&self, more: &[Variable]) -> anyhow::Result<Daemon> {
         let own = [("REDIS_URL", self.stack.redis_url()), ("NATS_URL", self.stack.nats_url())];
-        Daemon::spawn(self.stack.directory(), &self.programs.subscriber, &own)
+        Daemon::spawn(self.stack.directory(), &self.programs.subscriber, &[&own, more].concat())
     }
 
     /// Starts a service that reads and writes. Does not wait until it serves.
