@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::ensure;
 use async_nats::jetstream;
 use async_nats::jetstream::stream::{Config, StorageType};
-use futures::StreamExt;
-use futures::stream::FuturesUnordered;
+use tokio::task::JoinSet;
 
 use super::figures::Figure;
 use super::numbers::grouped;
@@ -92,21 +91,24 @@ async fn play(
     duration: Duration,
 ) -> anyhow::Result<Delays> {
     let count = rate * duration.as_secs();
+    // Repetitions of the run before must not delete keys of this one.
+    let first = rate * 1_000_000;
     let redis = ground.stack.redis.address();
-    events::fill(&mut Connection::open(redis).await?, 0..count).await?;
-    let times = Arc::new(Times::new(count));
+    events::fill(&mut Connection::open(redis).await?, first..first + count).await?;
+    let times = Arc::new(Times::new(first, count));
     let of_observer = Arc::clone(&times);
     let _observer = Observer::start(redis, move |key, at| of_observer.saw_deletion(key, at)).await?;
-    let mut acknowledged = FuturesUnordered::new();
+    let mut acknowledged = JoinSet::new();
     for number in 0..count {
         let due = times.zero + Duration::from_secs(number) / u32::try_from(rate)?;
         tokio::time::sleep_until(due.into()).await;
         times.published[usize::try_from(number)?]
             .store(times.microseconds(Instant::now()), Ordering::Relaxed);
-        acknowledged.push(jetstream.publish(SUBJECT, body(number).into()).await?.into_future());
+        let acknowledgement = jetstream.publish(SUBJECT, body(first + number).into()).await?;
+        acknowledged.spawn(acknowledgement.into_future());
     }
-    while let Some(outcome) = acknowledged.next().await {
-        outcome?;
+    while let Some(outcome) = acknowledged.join_next().await {
+        outcome??;
     }
     wait::until("every key is deleted", PATIENCE, async || Ok(times.all_deleted().then_some(()))).await?;
     times.delays()
@@ -122,14 +124,15 @@ fn body(id: u64) -> String {
 #[derive(Debug)]
 struct Times {
     zero: Instant,
+    first: u64,
     published: Vec<AtomicU64>,
     deleted: Vec<AtomicU64>,
 }
 
 impl Times {
-    fn new(count: u64) -> Self {
+    fn new(first: u64, count: u64) -> Self {
         let unknown = || (0..count).map(|_| AtomicU64::new(0)).collect();
-        Self { zero: Instant::now(), published: unknown(), deleted: unknown() }
+        Self { zero: Instant::now(), first, published: unknown(), deleted: unknown() }
     }
 
     fn microseconds(&self, at: Instant) -> u64 {
@@ -138,8 +141,9 @@ impl Times {
 
     fn saw_deletion(&self, key: &str, at: Instant) {
         let number = key.strip_prefix("user:").and_then(|rest| rest.strip_suffix(":profile"));
-        let number = number.and_then(|number| number.parse::<usize>().ok());
-        if let Some(deleted) = number.and_then(|number| self.deleted.get(number)) {
+        let number = number.and_then(|number| number.parse::<u64>().ok()?.checked_sub(self.first));
+        let index = number.and_then(|number| usize::try_from(number).ok());
+        if let Some(deleted) = index.and_then(|index| self.deleted.get(index)) {
             deleted.store(self.microseconds(at), Ordering::Relaxed);
         }
     }
