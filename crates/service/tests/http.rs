@@ -107,3 +107,22 @@ async fn a_stopped_server_no_longer_listens_even_if_a_client_never_sends_its_req
     tokio::time::timeout(Duration::from_secs(5), server.stop()).await.expect("stops in bounded time");
     assert!(TcpStream::connect(addr).await.is_err());
 }
+
+#[tokio::test]
+async fn many_slow_connections_do_not_silence_the_endpoints() {
+    let health = Health::new();
+    health.component("claim", Limits::default()).ready();
+    let server = start(&health).await;
+    let mut slow = Vec::new();
+    for _ in 0..200 {
+        let mut stream = TcpStream::connect(server.local_addr()).await.unwrap();
+        stream.write_all(b"G").await.unwrap();
+        slow.push(stream);
+        if slow.len() % 50 == 0 {
+            for path in ["/livez", "/readyz", "/metrics"] {
+                let answer = tokio::time::timeout(Duration::from_secs(10), get(&server, path));
+                assert_eq!(answer.await.expect("slow connections are in the way").0, 200, "{path}");
+            }
+        }
+    }
+}
