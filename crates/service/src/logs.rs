@@ -17,7 +17,7 @@ use tracing_subscriber::{
     util::{SubscriberInitExt as _, TryInitError},
 };
 
-use crate::otlp;
+use crate::{otlp, printable};
 
 /// How long [`LogGuard::flush`] waits for the collector at the end of the process.
 const FLUSH_LIMIT: Duration = Duration::from_secs(2);
@@ -110,10 +110,29 @@ impl LogGuard {
 }
 
 fn lines(format: LogFormat) -> Box<dyn Layer<Registry> + Send + Sync> {
-    let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr);
+    let layer = tracing_subscriber::fmt::layer().with_writer(|| OneLine(io::stderr()));
     match format {
         LogFormat::Human => layer.with_ansi(io::stderr().is_terminal() && no_color_is_unset()).boxed(),
         LogFormat::Json => layer.json().flatten_event(true).with_span_list(false).boxed(),
+    }
+}
+
+/// A writer of whole events that keeps each on one line: a key with a line end must not pass for another event. Escape
+/// sequences are the formatter's care, which writes some of its own.
+struct OneLine<W>(W);
+
+impl<W: io::Write> io::Write for OneLine<W> {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        let text = String::from_utf8_lossy(event);
+        let (line, end) = text.strip_suffix('\n').map_or((&*text, ""), |line| (line, "\n"));
+        let parts: Vec<String> = line.split('\u{1b}').map(printable).collect();
+        let shown = parts.join("\u{1b}");
+        self.0.write_all((shown + end).as_bytes())?;
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
     }
 }
 
@@ -165,5 +184,14 @@ mod tests {
         assert!(shown("debug").contains("async_nats=warn"), "{}", shown("debug"));
         assert_eq!(shown("info,async_nats=debug"), "async_nats=debug,info");
         assert!(parse_filter("relay=loud").is_err());
+    }
+
+    #[test]
+    fn an_event_stays_on_one_line_and_keeps_its_colours() {
+        let mut written = Vec::new();
+        let event = "\u{1b}[2mWARN\u{1b}[0m key a\nERROR forged\r\u{202e}x é\n";
+        assert_eq!(io::Write::write(&mut OneLine(&mut written), event.as_bytes()).unwrap(), event.len());
+        let expected = "\u{1b}[2mWARN\u{1b}[0m key a\\nERROR forged\\r\\u{202e}x é\n";
+        assert_eq!(String::from_utf8(written).unwrap(), expected);
     }
 }

@@ -2,6 +2,7 @@ use anyhow::bail;
 use clap::{Args, Subcommand};
 use event::EventId;
 use outbox::dead_letters::{self, DeadLetter};
+use service::printable;
 use sqlx::PgPool;
 use uuid::Uuid;
 
@@ -69,28 +70,28 @@ impl Selection {
 }
 
 fn print_line(letter: &DeadLetter) {
-    let first = letter.keys.first().map_or("", String::as_str);
+    let first = letter.keys.first().map_or(String::new(), |key| printable(key));
     let more = letter.keys.len().saturating_sub(1);
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };
     println!(
         "{}  {}  {}  {first}{more}: {}",
         letter.id,
         letter.dead_at.to_rfc3339(),
-        letter.topic,
-        letter.reason
+        printable(&letter.topic.to_string()),
+        printable(&letter.reason)
     );
 }
 
 fn print_whole(letter: &DeadLetter) {
     println!("id          {}", letter.id);
-    println!("topic       {}", letter.topic);
+    println!("topic       {}", printable(&letter.topic.to_string()));
     println!("enqueued    {}", letter.created_at.to_rfc3339());
     println!("set aside   {}", letter.dead_at.to_rfc3339());
-    println!("reason      {}", letter.reason);
+    println!("reason      {}", printable(&letter.reason));
     if let (Some(bytes), Some(version)) = (letter.value_bytes, letter.version) {
         println!("update      {bytes} bytes, version {version}");
     }
     for key in &letter.keys {
-        println!("key         {key}");
+        println!("key         {}", printable(key));
     }
 }

@@ -9,6 +9,7 @@ use rules::coverage::coverage;
 use rules::triggers::{self, Plan};
 use rules::{Image, JsonImage, Lock, Rules};
 use service::parse_duration;
+use service::printable;
 use sqlx::{AssertSqlSafe, PgConnection, PgPool};
 
 use crate::Config;
@@ -182,10 +183,10 @@ pub(super) fn test(config: &Config, trial: &Trial) -> anyhow::Result<()> {
     let (old, new) = (image(&trial.old, "--old")?, image(&trial.new, "--new")?);
     let expansion = table.keys(as_image(old.as_ref()), as_image(new.as_ref()))?;
     for key in &expansion.keys {
-        println!("{key}");
+        println!("{}", printable(key.as_str()));
     }
     for refused in &expansion.refused {
-        println!("!! {refused}");
+        println!("!! {}", printable(&refused.to_string()));
     }
     if expansion.keys.is_empty() && expansion.refused.is_empty() {
         println!("no key");
@@ -252,7 +253,8 @@ async fn explain(
     println!("{} rows, {} events; rolled back", done.rows_affected(), events.len());
     for event in &events {
         for key in &event.keys {
-            println!("{}  {key}{}", event.topic, if event.namespace { "*" } else { "" });
+            let all = if event.namespace { "*" } else { "" };
+            println!("{}", printable(&format!("{}  {key}{all}", event.topic)));
         }
     }
     Ok(())
@@ -261,10 +263,10 @@ async fn explain(
 async fn print_coverage(connection: &mut PgConnection, rules: &Rules, facts: &[Facts]) -> anyhow::Result<()> {
     let coverage = coverage(connection, rules, facts).await?;
     for table in &coverage.tables {
-        println!("{table:<40} no rules");
+        println!("{:<40} no rules", printable(table));
     }
     for (table, columns) in &coverage.columns {
-        println!("{table:<40} not watched: {}", columns.join(", "));
+        println!("{}", printable(&format!("{table:<40} not watched: {}", columns.join(", "))));
     }
     println!("{} tables have rules, {} have none", facts.len(), coverage.tables.len());
     Ok(())
@@ -272,7 +274,7 @@ async fn print_coverage(connection: &mut PgConnection, rules: &Rules, facts: &[F
 
 fn print_steps(plan: &Plan) {
     for step in &plan.steps {
-        println!("{}", step.what);
+        println!("{}", printable(&step.what));
     }
 }
 
@@ -280,7 +282,8 @@ async fn warn(connection: &mut PgConnection, rules: &Rules, facts: &[Facts]) -> 
     for relation in facts.iter().flat_map(|facts| &facts.relations).filter(|relation| relation.is_foreign) {
         println!(
             "!! {}.{} is a foreign table: what is changed in it directly, or where it lives, is not captured",
-            relation.schema, relation.name
+            printable(&relation.schema),
+            printable(&relation.name)
         );
     }
     for facts in facts.iter().filter(|facts| facts.is_partitioned()) {
@@ -291,7 +294,7 @@ async fn warn(connection: &mut PgConnection, rules: &Rules, facts: &[Facts]) -> 
         );
     }
     for risk in catalog::risks(connection, rules).await? {
-        println!("!! {risk}");
+        println!("!! {}", printable(&risk.to_string()));
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 use anyhow::bail;
 use clap::Subcommand;
 use outbox::capture;
+use service::printable;
 use sqlx::PgPool;
 use wal::slot::{self, SlotState};
 
@@ -60,13 +61,14 @@ pub(super) fn describe(name: &str, state: Option<&SlotState>) -> String {
         .map_or(String::new(), |bytes| format!(", lost after {:.1} MB more", megabytes(bytes)));
     let status =
         if state.is_lost() { format!("lost: {}", state.lost_because()) } else { state.wal_status.clone() };
-    format!(
+    let line = format!(
         "{name} at {}, {}, {:.1} MB behind, {:.1} MB of log kept ({status}{room})",
         state.confirmed,
         reader,
         megabytes(state.lag_bytes),
         megabytes(state.retained_bytes),
-    )
+    );
+    printable(&line)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]
