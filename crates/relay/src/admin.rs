@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use anyhow::bail;
 use clap::Subcommand;
-use event::nats::STREAM;
 use outbox::republication;
 use service::nats::Nats;
 use sqlx::PgPool;
@@ -117,11 +116,9 @@ async fn republish(pool: &PgPool, since: Duration) -> anyhow::Result<()> {
 }
 
 /// The stream as it is now, or what is wrong with the way to it. Looking must not create it.
-async fn look_at_stream(config: &Config) -> anyhow::Result<(Nats, Looked)> {
+async fn look_at_stream(config: &Config) -> anyhow::Result<(Nats, Option<Looked>)> {
     let nats = Nats::connect(&config.nats, "relay-admin", PATIENCE).await?;
     let jetstream = run::jetstream_context(&nats, config);
-    match stream::look(&nats, &jetstream).await? {
-        Some(looked) => Ok((nats, looked)),
-        None => bail!("stream {STREAM} does not exist"),
-    }
+    let looked = stream::look(&nats, &jetstream).await?;
+    Ok((nats, looked))
 }

@@ -1,5 +1,6 @@
 //! The connection to NATS: options, errors that say what to fix, and whether it is up at this moment.
 
+mod account;
 mod creds;
 mod options;
 pub(crate) mod trouble;
@@ -14,6 +15,7 @@ use tokio::{sync::watch, time::Instant};
 
 use crate::{Backoff, SecretUrl, secret::SecretFileError, secret_url::SecretUrlError};
 
+pub use account::Account;
 pub use creds::CredsError;
 pub use options::NatsOptions;
 pub use trouble::JetStreamError;
@@ -160,6 +162,16 @@ impl Nats {
             .timeout(timeout)
             .ack_timeout(timeout)
             .build(self.client.clone())
+    }
+
+    /// Asks how much JetStream storage the account uses and may use.
+    ///
+    /// # Errors
+    /// [`JetStreamError`].
+    pub async fn account(&self) -> Result<Account, JetStreamError> {
+        let request = self.client.request(format!("{}.INFO", self.api_prefix), "".into());
+        let answer = request.await.map_err(|error| self.judge(error))?;
+        Account::parse(&answer.payload).map_err(JetStreamError::Refused)
     }
 
     /// Says what an error of a request to JetStream means, as far as the server has told.

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::process::Command;
 use std::time::Duration;
 
-use devstack::{Binary, Port, Process, Stack, StackOptions};
+use devstack::{Binary, Port, Process, Redis, RedisOptions, Stack, StackOptions};
 use service::Report;
 use sqlx::PgPool;
 use tests::{Daemon, Pair, program};
@@ -125,10 +125,10 @@ impl Accounts {
         format!("nats://{user}:x@{}", self.port.address())
     }
 
-    async fn request(&self, user: &str, subject: &'static str, payload: &'static str) {
+    async fn request(&self, user: &str, subject: &'static str, payload: impl Into<String>) {
         let options = async_nats::ConnectOptions::with_user_and_password(user.to_owned(), "x".to_owned());
         let client = options.connect(self.port.address().to_string()).await.unwrap();
-        client.request(subject, payload.into()).await.unwrap();
+        client.request(subject, payload.into().into()).await.unwrap();
     }
 }
 
@@ -147,6 +147,120 @@ async fn failure(name: &str, stack: &Stack, nats_url: &str) -> String {
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     error.lines().last().unwrap_or_default().to_owned()
+}
+
+/// Answers of a Redis that is there and does not do what it should.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_redis_answers_is_named() {
+    let pair = Pair::start().await.unwrap();
+    let redis = &pair.stack.redis;
+    let cases: [(&[&str], &[&str], &str); 3] = [
+        (
+            &["CONFIG", "SET", "min-replicas-to-write", "1"],
+            &["CONFIG", "SET", "min-replicas-to-write", "0"],
+            "NOREPLICAS",
+        ),
+        (&["REPLICAOF", "127.0.0.1", "1"], &["REPLICAOF", "NO", "ONE"], "replica"),
+        (&["ACL", "SETUSER", "default", "-@write"], &["ACL", "SETUSER", "default", "+@write"], "NOPERM"),
+    ];
+    for (number, (spoil, mend, word)) in cases.into_iter().enumerate() {
+        redis.command(spoil).await.unwrap();
+        let key = format!("user:{number}");
+        pair.enqueue(&[&key]).await.unwrap();
+        pair.subscriber.until_not_ready_because(word).await;
+        until_logged(&pair.subscriber, &["WARN", word]).await;
+        redis.command(mend).await.unwrap();
+        pair.subscriber.until_ready().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_trouble_of_redis_is_named() {
+    let stack = Stack::start(StackOptions::default()).await.unwrap();
+    let file = |name: &str| format!("{}/../crates/cache/tests/tls/{name}", env!("CARGO_MANIFEST_DIR"));
+    let port = Port::reserve().unwrap();
+    let configuration = format!(
+        "tls-port {}\ntls-ca-cert-file {}\ntls-cert-file {}\ntls-key-file {}\ntls-auth-clients yes\n",
+        port.address().port(),
+        file("ca.pem"),
+        file("server.pem"),
+        file("server.key"),
+    );
+    let _redis = Redis::start_in(stack.directory(), RedisOptions { configuration, ..Default::default() })
+        .await
+        .unwrap();
+    let secured = port.address().port();
+    let cases = [
+        (format!("rediss://127.0.0.1:{secured}"), "ca.pem", "the server asks for a client certificate"),
+        (format!("rediss://127.0.0.1:{secured}"), "client.pem", "invalid peer certificate"),
+    ];
+    for (url, authority, expected) in cases {
+        let variables = [
+            ("REDIS_URL", url.clone()),
+            ("REDIS_CA", file(authority)),
+            ("NATS_URL", stack.nats_url()),
+            ("SUBSCRIBER_STARTUP_TIMEOUT", "1s".to_owned()),
+        ];
+        let subscriber = Daemon::spawn(stack.directory(), "subscriber", &variables).unwrap();
+        until_logged(&subscriber, &[expected]).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn doctor_judges_the_account_and_what_waits() {
+    let stack = Stack::start(StackOptions::default()).await.unwrap();
+    let pool = PgPool::connect(&stack.postgres_url()).await.unwrap();
+    outbox::migrate(&pool).await.unwrap();
+    let old = "insert into outbox.events (id, topic, keys, xid, created_at) values \
+               (gen_random_uuid(), 'default', '{user:1}', pg_current_xact_id(), now() - interval '1 hour')";
+    sqlx::raw_sql(old).execute(&pool).await.unwrap();
+    let nats = Accounts::start(&stack).await;
+    nats.request("small", "$JS.API.STREAM.CREATE.X", r#"{"name":"X","subjects":["x"],"num_replicas":1}"#)
+        .await;
+    for _ in 0..9 {
+        nats.request("small", "x", "a megabyte".repeat(100_000)).await;
+    }
+    let report = printed("relay", &["doctor"], &stack, &nats.url("small")).await;
+    for words in [
+        "!!  account",
+        "nearly full",
+        "of 10.5 MB",
+        "!!  backlog",
+        "!!  stream         INVALIDATIONS does not exist",
+    ] {
+        assert!(report.contains(words), "no {words:?} in:\n{report}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn text_of_others_cannot_command_the_terminal() {
+    let stack = Stack::start(StackOptions::default()).await.unwrap();
+    let pool = PgPool::connect(&stack.postgres_url()).await.unwrap();
+    outbox::migrate(&pool).await.unwrap();
+    let bad = "insert into outbox.dead_letters (id, seq, topic, keys, xid, created_at, namespace, reason) values \
+               ('018f0000-0000-7000-8000-000000000001', 1, E'to\\npic', array[E'k\\x1b[2J\\nforged', E'\\u202eb'], \
+               pg_current_xact_id(), now(), false, E'rea\\x1b]0;x\\x07son')";
+    sqlx::raw_sql(bad).execute(&pool).await.unwrap();
+    let show = ["dead", "show", "018f0000-0000-7000-8000-000000000001"];
+    for (arguments, lines) in [(&["dead", "list"][..], 1), (&show[..], 7)] {
+        let printed = printed("relay", arguments, &stack, &stack.nats_url()).await;
+        let is_harmless = |c: char| c == '\n' || !(c.is_control() || c == '\u{202e}');
+        assert!(printed.chars().all(is_harmless), "{printed:?}");
+        assert!(printed.contains("\\u{1b}[2J\\nforged"), "{printed}");
+        assert_eq!(printed.lines().count(), lines, "{printed}");
+    }
+}
+
+/// Runs a command and returns what it prints.
+async fn printed(name: &str, arguments: &[&str], stack: &Stack, nats_url: &str) -> String {
+    let mut command = Command::new(program(name).unwrap());
+    command
+        .args(arguments)
+        .env("DATABASE_URL", stack.postgres_url())
+        .env("NATS_URL", nats_url)
+        .env_remove("RUST_LOG");
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 /// Waits until one line of the log has all the words.

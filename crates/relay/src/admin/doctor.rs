@@ -6,9 +6,11 @@ use anyhow::bail;
 use async_nats::jetstream::stream::Info;
 use chrono::{DateTime, Utc};
 use event::nats::STREAM;
+use outbox::backlog::{self, Backlog};
 use outbox::dead_letters;
 use outbox::diagnosis::{self, Facts};
-use service::Report;
+use service::nats::{Account, JetStreamError};
+use service::{Report, printable};
 use sqlx::PgPool;
 
 use super::{Looked, look_at_stream, rules};
@@ -27,6 +29,15 @@ const MANY_DEAD_TUPLES: i64 = 200_000;
 /// Clocks further apart than this make every reported latency wrong.
 const MAX_CLOCK_SKEW: Duration = Duration::from_millis(500);
 
+/// Part of a limit of JetStream from which on somebody should act.
+const FULL: f64 = 0.8;
+
+/// An event that waits for longer is not on its way.
+const OLD_BACKLOG: Duration = Duration::from_mins(1);
+
+/// Counting stops here.
+const BACKLOG_LIMIT: i64 = 100_000;
+
 /// One thing that was looked at.
 struct Finding {
     subject: &'static str,
@@ -41,6 +52,7 @@ pub(super) async fn print(pool: &PgPool, config: &Config) -> anyhow::Result<()> 
     let facts = diagnosis::facts(pool).await?;
     let skew = clock_skew(before, Utc::now(), facts.now);
     let mut findings = judge_database(&facts, skew);
+    findings.push(judge_backlog(&backlog::measure(pool, BACKLOG_LIMIT).await?));
     findings.push(judge_dead_letters(dead_letters::count(pool).await?));
     // Who reads the log by the rules needs no triggers.
     if config.capture.rules.is_some() && !config.capture.has(Source::Wal) {
@@ -48,18 +60,29 @@ pub(super) async fn print(pool: &PgPool, config: &Config) -> anyhow::Result<()> 
     }
     findings.extend(log::judge(pool, config).await?);
     match look_at_stream(config).await {
-        Ok((nats, looked)) => findings.extend(judge_stream(&looked, &nats.client.server_info(), config)),
+        Ok((nats, looked)) => {
+            match &looked {
+                Some(looked) => findings.extend(judge_stream(looked, &nats.client.server_info(), config)),
+                None => findings.push(finding(
+                    "stream",
+                    format!("{STREAM} does not exist"),
+                    false,
+                    "start a relay: the relay creates the stream when it runs",
+                )),
+            }
+            findings.push(judge_account(nats.account().await));
+        }
         Err(error) => findings.push(Finding {
             subject: "stream",
             fact: format!("not reachable: {}", Report::of(error.as_ref())),
-            remedy: Some("start NATS with JetStream; the relay creates the stream when it runs".to_owned()),
+            remedy: Some("correct what is named, and look again".to_owned()),
         }),
     }
     for finding in &findings {
         let mark = if finding.remedy.is_some() { "!!" } else { "ok" };
-        println!("{mark}  {:<14} {}", finding.subject, finding.fact);
+        println!("{mark}  {:<14} {}", finding.subject, printable(&finding.fact));
         if let Some(remedy) = &finding.remedy {
-            println!("    {:<14} -> {remedy}", "");
+            println!("    {:<14} -> {}", "", printable(remedy));
         }
     }
     match findings.iter().filter(|finding| finding.remedy.is_some()).count() {
@@ -162,6 +185,41 @@ fn judge_triggers(missing: anyhow::Result<Option<Vec<String>>>) -> Finding {
     }
 }
 
+/// The limits of the account. Those of the server are not shown to clients; what they do shows in the backlog.
+fn judge_account(account: Result<Account, JetStreamError>) -> Finding {
+    let account = match account {
+        Ok(account) => account,
+        Err(error) => {
+            return finding(
+                "account",
+                format!("limits not known: {}", Report::of(&error)),
+                false,
+                "let the NATS user publish on $JS.API.INFO",
+            );
+        }
+    };
+    let used = megabytes(account.used_bytes);
+    match account.limit_bytes {
+        Some(limit) => finding(
+            "account",
+            format!("{used:.1} of {:.1} MB of JetStream storage", megabytes(limit)),
+            used < FULL * megabytes(limit),
+            "nearly full; raise the limit of the NATS account, otherwise events will wait in the outbox",
+        ),
+        None => finding("account", format!("{used:.1} MB of JetStream storage, no limit"), true, ""),
+    }
+}
+
+/// Events that wait although nothing is wrong with the database.
+fn judge_backlog(backlog: &Backlog) -> Finding {
+    finding(
+        "backlog",
+        format!("{} events, oldest {:.1} s", backlog.events, backlog.oldest_age_seconds()),
+        backlog.oldest_age_seconds() < OLD_BACKLOG.as_secs_f64(),
+        "events wait: /readyz and log of the relay name the cause",
+    )
+}
+
 fn judge_stream(looked: &Looked, server: &async_nats::ServerInfo, config: &Config) -> Vec<Finding> {
     let Looked { info, options } = looked;
     let actual = &info.config;
@@ -188,7 +246,7 @@ fn judge_stream(looked: &Looked, server: &async_nats::ServerInfo, config: &Confi
                 limit if limit > 0 => format!("{:.1} of {:.1} MB", used(info), megabytes(limit)),
                 _ => format!("{:.1} MB, no limit", used(info)),
             },
-            actual.max_bytes <= 0 || used(info) < 0.8 * megabytes(actual.max_bytes),
+            actual.max_bytes <= 0 || used(info) < FULL * megabytes(actual.max_bytes),
             "nearly full; raise max_bytes, otherwise events will wait in the outbox",
         ),
     ];

@@ -1,4 +1,5 @@
 use chrono::Utc;
+use event::nats::STREAM;
 use outbox::{backlog, dead_letters, republication};
 use service::Report;
 use sqlx::PgPool;
@@ -34,7 +35,8 @@ pub(super) async fn print(pool: &PgPool, config: &Config) -> anyhow::Result<()> 
         println!("slot          {}", describe(&config.capture.slot, slot.as_ref()));
     }
     match look_at_stream(config).await {
-        Ok((_, Looked { info, .. })) => println!(
+        Ok((_, None)) => println!("stream        {STREAM} does not exist; a relay creates it when it runs"),
+        Ok((_, Some(Looked { info, .. }))) => println!(
             "stream        {} holds {} messages, {:.1} MB, sequences {} to {}, {} consumers",
             info.config.name,
             info.state.messages,

@@ -142,10 +142,14 @@ fn silence(error: &(dyn Error + 'static)) -> Silence {
     for cause in causes(error) {
         let request = cause.downcast_ref().map(RequestError::kind);
         let create = cause.downcast_ref().map(CreateStreamError::kind);
-        match (request, create) {
-            (Some(RequestErrorKind::NoResponders), _)
-            | (_, Some(CreateStreamErrorKind::JetStreamUnavailable)) => return Silence::NoResponders,
-            (Some(RequestErrorKind::TimedOut), _) | (_, Some(CreateStreamErrorKind::TimedOut)) => {
+        let plain = cause.downcast_ref().map(async_nats::RequestError::kind);
+        match (request, create, plain) {
+            (Some(RequestErrorKind::NoResponders), ..)
+            | (_, Some(CreateStreamErrorKind::JetStreamUnavailable), _)
+            | (.., Some(async_nats::RequestErrorKind::NoResponders)) => return Silence::NoResponders,
+            (Some(RequestErrorKind::TimedOut), ..)
+            | (_, Some(CreateStreamErrorKind::TimedOut), _)
+            | (.., Some(async_nats::RequestErrorKind::TimedOut)) => {
                 return Silence::TimedOut;
             }
             _ => {}
