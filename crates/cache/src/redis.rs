@@ -83,6 +83,14 @@ impl Redis {
         self.limited_to(self.lanes.config().response_timeout * 2_u32.pow(failures.min(MAX_PATIENCE)))
     }
 
+    /// Makes new connections with the credentials in `url`. What is connected stays, also in all clones.
+    ///
+    /// # Errors
+    /// [`RedisError::Config`] if the URL cannot be used, or is for another kind, such as a Cluster instead of one server.
+    pub fn use_url(&self, url: &str) -> Result<(), RedisError> {
+        self.lanes.use_url(url)
+    }
+
     /// Asks for a sign of life.
     ///
     /// # Errors

@@ -67,7 +67,7 @@ pub async fn execute(command: Command, config: &Config) -> anyhow::Result<()> {
     if let Command::Rules(RulesCommand::Test(trial)) = &command {
         return rules::test(config, trial);
     }
-    let url = config.database_url()?;
+    let url = &config.database_url()?;
     let pool = database::connect(&Servers::parse(url)?, 2, access(&command, config)).await?;
     if matches!(command, Command::Migrate) {
         database::migrate(&pool, url).await?;

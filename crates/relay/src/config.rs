@@ -9,8 +9,18 @@ use service::{SecretUrl, ServiceOptions, UsageError, parse_duration};
 #[derive(Debug, Clone, clap::Args)]
 pub struct Config {
     /// Postgres database with the outbox
-    #[arg(long, env = "DATABASE_URL", hide_env_values = true, global = true)]
+    #[arg(
+        long,
+        env = "DATABASE_URL",
+        hide_env_values = true,
+        conflicts_with = "database_url_file",
+        global = true
+    )]
     pub database_url: Option<SecretUrl>,
+
+    /// File with DATABASE_URL, read again every few seconds: new connections use what it holds then
+    #[arg(long, env = "DATABASE_URL_FILE", value_name = "FILE", global = true)]
+    pub database_url_file: Option<PathBuf>,
 
     /// Where NATS is.
     #[command(flatten)]
@@ -78,14 +88,18 @@ pub struct Config {
 }
 
 impl Config {
-    /// The database's URL.
+    /// The database's URL as it is at this moment.
     ///
     /// # Errors
-    /// [`UsageError`] if it is not set.
-    pub fn database_url(&self) -> Result<&SecretUrl, UsageError> {
-        self.database_url
-            .as_ref()
-            .ok_or_else(|| UsageError("DATABASE_URL (--database-url) is not set".to_owned()))
+    /// [`UsageError`] if it is not set, or its file cannot be used.
+    pub fn database_url(&self) -> Result<SecretUrl, UsageError> {
+        match &self.database_url_file {
+            Some(file) => SecretUrl::read("DATABASE_URL_FILE", file),
+            None => self
+                .database_url
+                .clone()
+                .ok_or_else(|| UsageError("DATABASE_URL (--database-url) is not set".to_owned())),
+        }
     }
 
     /// How long published messages are kept, if at all.

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use outbox::SchemaState;
 use service::{SecretUrl, UsageError};
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::PgPool;
+use sqlx::postgres::PgPoolOptions;
 use tokio::time::timeout;
 
 pub use servers::{NoServer, Servers};
@@ -24,9 +24,6 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Time that Postgres may take to answer what should take milliseconds.
 pub const PATIENCE: Duration = Duration::from_secs(10);
-
-/// Time for the attempt that finds out why there is no connection.
-const EXPLAIN_PATIENCE: Duration = Duration::from_secs(2);
 
 /// SQLSTATE insufficient_privilege.
 const LACKS_RIGHT: &str = "42501";
@@ -139,24 +136,6 @@ pub async fn connect(servers: &Servers, connections: u32, access: Access) -> Res
         .before_acquire(move |connection, _| Box::pin(trust::check_acquire(connection, access)))
         .after_release(|connection, _| Box::pin(trust::check_release(connection)));
     Ok(pool.connect_lazy_with(options))
-}
-
-/// The pool tries again by itself, and in the end says only that it took too long: one plain attempt says why.
-pub async fn explain(options: &PgConnectOptions, error: sqlx::Error) -> sqlx::Error {
-    if !matches!(error, sqlx::Error::PoolTimedOut) {
-        return error;
-    }
-    let address = format!("{}:{}", options.get_host(), options.get_port());
-    let failed = |kind, cause| {
-        let text = format!("cannot connect to {address}: {cause}");
-        sqlx::Error::Io(std::io::Error::new(kind, text))
-    };
-    match timeout(EXPLAIN_PATIENCE, PgConnection::connect_with(options)).await {
-        Ok(Err(sqlx::Error::Io(cause))) => failed(cause.kind(), cause.to_string()),
-        Ok(Err(cause)) => cause,
-        Err(_) => failed(std::io::ErrorKind::TimedOut, format!("no answer within {EXPLAIN_PATIENCE:?}")),
-        Ok(Ok(_)) => error,
-    }
 }
 
 /// The operator has to do something if every server refuses, and else a server may come back.

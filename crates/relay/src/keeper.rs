@@ -18,7 +18,7 @@ use tokio::sync::{Notify, watch};
 use uuid::Uuid;
 
 use crate::Config;
-use crate::database::{PATIENCE, explain, within};
+use crate::database::{PATIENCE, within};
 use crate::metrics as names;
 use crate::republisher::show_remaining;
 use crate::stream::{self as nats_stream, StreamError, Usable};
@@ -108,7 +108,6 @@ impl Keeper {
                     LOOK_INTERVAL
                 }
                 Err(error) => {
-                    let error = self.explain(error).await;
                     health.not_ready(self.give_up(&error));
                     retry.next_delay()
                 }
@@ -148,13 +147,6 @@ impl Keeper {
     fn disconnected(&self) {
         gauge!(names::CONNECTED).set(0.0);
         self.withdraw(not_connected(&self.nats));
-    }
-
-    async fn explain(&self, error: KeeperError) -> KeeperError {
-        match error {
-            KeeperError::Database(error) => explain(&self.pool.connect_options(), error).await.into(),
-            other => other,
-        }
     }
 
     /// The one place that decides what a failed look means; returns why nothing is published.

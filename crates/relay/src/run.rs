@@ -128,13 +128,13 @@ struct Opened {
 /// Connects to both servers and looks whether they are what the relay needs. Nothing to be undone when it is dropped.
 async fn open(config: &Config) -> anyhow::Result<Opened> {
     let url = config.database_url()?;
-    let servers = Servers::parse(url)?;
+    let servers = Servers::parse(&url)?.from_file(config.database_url_file.clone());
     let wal = config.capture.has(Source::Wal).then(|| prepare_capture(config, &servers)).transpose()?;
     let connections =
         config.workers + EXTRA_CONNECTIONS + if wal.is_some() { CAPTURE_CONNECTIONS } else { 0 };
     let access = if config.transaction_pooler { Access::WritePooled } else { Access::Write };
     let pool = database::connect(&servers, connections, access).await?;
-    database::check_schema(&pool, url).await?;
+    database::check_schema(&pool, &url).await?;
     if let Some(rules) = &wal {
         capture::preflight(&pool, &config.capture, rules).await?;
     }
@@ -184,7 +184,7 @@ fn prepare_capture(config: &Config, servers: &Servers) -> anyhow::Result<Arc<Rul
     };
     check_name("RELAY_SLOT (--slot)", &config.capture.slot)?;
     check_name("RELAY_PUBLICATION (--publication)", &config.capture.publication)?;
-    Settings::parse(servers.current_url(), capture::APPLICATION_NAME)?;
+    Settings::parse(&servers.current_url(), capture::APPLICATION_NAME)?;
     Ok(rules)
 }
 

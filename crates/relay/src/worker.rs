@@ -11,7 +11,7 @@ use service::{Backoff, Component, Report, Shutdown, failpoint};
 use sqlx::PgPool;
 use tokio::sync::{Notify, watch};
 
-use crate::database::{PATIENCE, explain, within};
+use crate::database::{PATIENCE, within};
 use crate::keeper::not_connected;
 use crate::metrics as names;
 use crate::pace::FromSeq;
@@ -65,15 +65,6 @@ enum CycleError {
     Broker(#[from] PublishError),
     #[error("the stream is not usable yet")]
     NoStream,
-}
-
-impl CycleError {
-    async fn explain(self, pool: &PgPool) -> Self {
-        match self {
-            Self::Database(error) => explain(&pool.connect_options(), error).await.into(),
-            other => other,
-        }
-    }
 }
 
 /// What a cycle did.
@@ -222,7 +213,6 @@ async fn recover(
     error: CycleError,
     shutdown: &Shutdown,
 ) {
-    let error = error.explain(&shared.pool).await;
     counter!(names::CLAIMS, "result" => "failed").increment(1);
     let report = Report::of(&error);
     match &error {

@@ -1,6 +1,8 @@
 //! Connection URLs that can be logged without giving away their credentials.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, path::Path, str::FromStr};
+
+use crate::{UsageError, secret::read_secret_file};
 
 /// What stands in the place of everything that is not to be read.
 const HIDDEN: &str = "***";
@@ -39,6 +41,19 @@ impl SecretUrl {
     #[must_use]
     pub fn expose(&self) -> &str {
         &self.raw
+    }
+}
+
+impl SecretUrl {
+    /// Reads the file that an option names.
+    ///
+    /// # Errors
+    /// [`UsageError`], which names option and file and nothing of the content.
+    pub fn read(option: &'static str, file: &Path) -> Result<Self, UsageError> {
+        let text = read_secret_file(option, file).map_err(|error| UsageError::of(&error))?;
+        text.parse().map_err(|error| {
+            UsageError(format!("cannot use the content of {} ({option}): {error}", file.display()))
+        })
     }
 }
 

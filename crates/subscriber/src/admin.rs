@@ -10,7 +10,7 @@ use chrono::{DateTime, Utc};
 use clap::Subcommand;
 use event::nats::STREAM;
 use service::nats::Nats;
-use service::{Report, parse_duration};
+use service::{Report, parse_duration, printable};
 
 use crate::broker::{BrokerError, Look};
 use crate::durable::Info;
@@ -142,7 +142,10 @@ async fn status(
     match (record, position) {
         (_, Some(position)) => {
             println!("applied       {}", applied_until(&position, seen.last_seq));
-            println!("redis         {}", position.instances.into_iter().collect::<Vec<_>>().join(", "));
+            println!(
+                "redis         {}",
+                printable(&position.instances.into_iter().collect::<Vec<_>>().join(", "))
+            );
         }
         (Ok(_), None) => println!("applied       nothing recorded in this Redis yet"),
         (Err(error), None) => println!("redis         not reachable: {}", Report::of(&error)),

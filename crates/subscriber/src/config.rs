@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use cache::{Redis, RedisConfig, RedisTls};
 use event::{InvalidTopic, Topic};
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use service::nats::NatsOptions;
-use service::{SecretUrl, ServiceOptions, UsageError, parse_duration};
+use service::{Secret, SecretUrl, ServiceOptions, UsageError, parse_duration, read_secret_file};
 
 /// Default size limit of the dead letters: a producer of garbage must not fill the disk of the broker.
 const DEAD_MAX_BYTES: i64 = 256 * 1024 * 1024;
@@ -23,9 +24,28 @@ pub struct Config {
         env = "REDIS_URL",
         hide_env_values = true,
         default_value = "redis://127.0.0.1:6379",
+        conflicts_with = "redis_url_file",
         global = true
     )]
     pub redis_url: SecretUrl,
+
+    /// File with REDIS_URL, read again every few seconds: new connections use the credentials that it holds then
+    #[arg(long, env = "REDIS_URL_FILE", value_name = "FILE", global = true)]
+    pub redis_url_file: Option<PathBuf>,
+
+    /// Password for Redis, if REDIS_URL holds none; REDIS_PASSWORD_FILE is safer
+    #[arg(
+        long,
+        env = "REDIS_PASSWORD",
+        hide_env_values = true,
+        conflicts_with = "redis_password_file",
+        global = true
+    )]
+    pub redis_password: Option<Secret>,
+
+    /// File with the password for Redis, read again every few seconds
+    #[arg(long, env = "REDIS_PASSWORD_FILE", value_name = "FILE", global = true)]
+    pub redis_password_file: Option<PathBuf>,
 
     /// File with the certificate authority of the Redis servers
     #[arg(long, env = "REDIS_CA", value_name = "FILE", global = true)]
@@ -160,17 +180,46 @@ impl Config {
     /// # Errors
     /// [`UsageError`] naming what cannot be used.
     pub fn connect_redis(&self) -> Result<Redis, UsageError> {
-        Redis::new(self.redis()).map_err(|error| {
+        Redis::new(self.redis()?).map_err(|error| {
             UsageError(format!("REDIS_URL (--redis-url) cannot be used: {}", service::Report::of(&error)))
         })
     }
 
-    /// Options of the connection to Redis.
+    /// URL of Redis as it is at this moment, with the password.
+    ///
+    /// # Errors
+    /// [`UsageError`] if a file cannot be used.
+    pub fn redis_url(&self) -> Result<SecretUrl, UsageError> {
+        let url = match &self.redis_url_file {
+            Some(file) => SecretUrl::read("REDIS_URL_FILE", file)?,
+            None => self.redis_url.clone(),
+        };
+        let password = match &self.redis_password_file {
+            Some(file) => {
+                Some(read_secret_file("REDIS_PASSWORD_FILE", file).map_err(|error| UsageError::of(&error))?)
+            }
+            None => self.redis_password.as_ref().map(|password| password.expose().to_owned()),
+        };
+        match password {
+            Some(password) => with_password(&url, &password),
+            None => Ok(url),
+        }
+    }
+
+    /// Whether credentials of Redis come from a file, which may change.
     #[must_use]
-    pub fn redis(&self) -> RedisConfig {
+    pub fn has_redis_file(&self) -> bool {
+        self.redis_url_file.is_some() || self.redis_password_file.is_some()
+    }
+
+    /// Options of the connection to Redis.
+    ///
+    /// # Errors
+    /// [`UsageError`] if a file cannot be used.
+    pub fn redis(&self) -> Result<RedisConfig, UsageError> {
         let wants_tls = self.redis_ca.is_some() || self.redis_cert.is_some();
-        RedisConfig {
-            url: self.redis_url.expose().to_owned(),
+        Ok(RedisConfig {
+            url: self.redis_url()?.expose().to_owned(),
             // One for each worker; one more for replay, one for looking at the server.
             pool_size: self.workers as usize + 2,
             connect_timeout: self.redis_timeout,
@@ -180,8 +229,25 @@ impl Config {
                 client_cert_file: self.redis_cert.clone(),
                 client_key_file: self.redis_key.clone(),
             }),
-        }
+        })
     }
+}
+
+/// Puts the password into a URL, for the user that the URL names.
+fn with_password(url: &SecretUrl, password: &str) -> Result<SecretUrl, UsageError> {
+    let refused = || {
+        let text = "REDIS_PASSWORD and REDIS_PASSWORD_FILE need a REDIS_URL with a host";
+        UsageError(text.to_owned())
+    };
+    let (scheme, rest) = url.expose().split_once("://").ok_or_else(refused)?;
+    if scheme.ends_with("unix") {
+        return Err(refused());
+    }
+    let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let (user, hosts) = authority.rsplit_once('@').unwrap_or(("", authority));
+    let user = user.split(':').next().unwrap_or_default();
+    let password = utf8_percent_encode(password, NON_ALPHANUMERIC);
+    format!("{scheme}://{user}:{password}@{hosts}{path}").parse().map_err(|_| refused())
 }
 
 fn parse_topic(text: &str) -> Result<Topic, InvalidTopic> {
@@ -231,5 +297,19 @@ mod tests {
             let error = patterns(list).unwrap_err();
             assert!(error.contains("--flush-patterns") && error.contains("empty"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_password_goes_into_every_form_of_url() {
+        for (url, expected) in [
+            ("redis://h:1/2", "redis://:p%40%2F@h:1/2"),
+            ("rediss://app@h", "rediss://app:p%40%2F@h"),
+            ("redis+cluster://app:old@a:1,b:2", "redis+cluster://app:p%40%2F@a:1,b:2"),
+            ("redis+sentinel://a,b/name/1", "redis+sentinel://:p%40%2F@a,b/name/1"),
+        ] {
+            let with = with_password(&url.parse().unwrap(), "p@/").unwrap();
+            assert_eq!(with.expose(), expected);
+        }
+        assert!(with_password(&"redis+unix:///s".parse().unwrap(), "x").is_err());
     }
 }

@@ -3,6 +3,7 @@
 pub mod admin;
 pub mod broker;
 mod config;
+mod credentials;
 mod dead;
 pub mod debezium;
 pub mod durable;

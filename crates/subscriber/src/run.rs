@@ -14,7 +14,7 @@ use crate::dead::DeadLetters;
 use crate::debezium::Debezium;
 use crate::supervisor::Supervisor;
 use crate::worker::{self, Shared};
-use crate::{Config, broker, debezium, resolver};
+use crate::{Config, broker, credentials, debezium, resolver};
 
 /// Without a turn of its loop for this long a component is not ready. Waiting for messages is not silence.
 const STALL_AFTER: Duration = Duration::from_secs(30);
@@ -61,6 +61,9 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     if let Some(debezium) = debezium {
         tasks.spawn(debezium.run(health.clone(), limits, shutdown.clone()));
     }
+    if config.has_redis_file() {
+        tasks.spawn(credentials::follow(redis.clone(), config.clone(), shutdown.clone()));
+    }
     tasks.spawn(resolver::run(redis.clone(), nats.clone(), shutdown.clone()));
     let supervisor = Supervisor {
         nats: nats.clone(),
@@ -73,7 +76,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     tasks.close();
     startup.ready();
     tracing::info!(
-        nats = %nats.url(), redis = %config.redis_url, durable = config.durable, http = %http.local_addr(),
+        nats = %nats.url(), redis = %config.redis_url()?, durable = config.durable, http = %http.local_addr(),
         "subscriber runs"
     );
 
@@ -99,10 +102,10 @@ struct Opened {
 
 /// Connects to the servers and looks whether they are what the subscriber needs. Nothing to be undone when it is dropped.
 async fn open(config: &Config) -> anyhow::Result<Opened> {
-    let redis = config.connect_redis()?;
+    let (redis, redis_url) = (config.connect_redis()?, config.redis_url()?);
     refuse_wrong_credentials(&redis)
         .await
-        .with_context(|| format!("REDIS_URL (--redis-url) {} cannot be used", config.redis_url))?;
+        .with_context(|| format!("REDIS_URL (--redis-url) {redis_url} cannot be used"))?;
     let nats = Nats::connect(&config.nats, "subscriber", CONNECT_PATIENCE).await?;
     let jetstream = broker::jetstream(&nats);
     find_stream(&nats, &jetstream, config).await?;

@@ -7,6 +7,7 @@
 mod authentication;
 mod error;
 mod feedback;
+mod passfile;
 mod settings;
 mod stream;
 mod tls;

@@ -45,7 +45,7 @@ async fn a_postgres_that_is_down_is_named_with_its_address_and_why() {
     let address = pair.stack.postgres.address().to_string();
     pair.stack.postgres.kill().unwrap();
     let said = pair.relay.until_not_ready_because("Connection refused").await;
-    assert!(said.contains(&format!("cannot connect to {address}")), "{said}");
+    assert!(said.contains(&address), "{said}");
     until_logged(&pair.relay, &[&address, "Connection refused"]).await;
 }
 

@@ -1,5 +1,6 @@
 //! Secrets: never in what the daemons write, and read again when they change.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use devstack::proxy::FaultProxy;
 use devstack::{Binary, Port, Process, Stack, StackDirectory, StackOptions, eventually};
 use nkeys::KeyPair;
 use serde_json::{Value, json};
-use tests::{Daemon, SETTLED};
+use tests::{Daemon, Pair, SETTLED};
 
 /// A NATS server whose configuration the test writes.
 struct Nats {
@@ -300,4 +301,107 @@ async fn the_stream_of_a_hub_is_used_from_a_leaf_node_by_its_domain() {
         other => Err(format!("{other:?}")),
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_password_that_changed_on_disk_is_used_for_new_connections() {
+    let mut pair = Pair::start().await.unwrap();
+    let redis = &pair.stack.redis;
+    let rights = ["ACL", "SETUSER", "app", "on", ">first", "~*", "&*", "+@all"];
+    redis.command(&rights).await.unwrap();
+    let file = pair.stack.directory().path().join("redis-password");
+    std::fs::write(&file, "first\n").unwrap();
+    pair.subscriber.process().terminate().await.unwrap();
+    pair.subscriber = pair
+        .another_subscriber(&[
+            ("REDIS_URL", pair.stack.redis_url().replace("redis://", "redis://app@")),
+            ("REDIS_PASSWORD_FILE", file.display().to_string()),
+        ])
+        .unwrap();
+    pair.subscriber.until_ready().await;
+
+    redis.command(&["ACL", "SETUSER", "app", "resetpass", ">second"]).await.unwrap();
+    redis.command(&["CLIENT", "KILL", "USER", "app"]).await.unwrap();
+    let said = pair.subscriber.until_not_ready_because("WRONGPASS").await;
+    assert!(!said.contains("first"), "{said}");
+    std::fs::write(&file, "second\n").unwrap();
+    pair.subscriber.until_ready().await;
+    pair.fill("user:1").await.unwrap();
+    pair.enqueue(&["user:1"]).await.unwrap();
+    pair.until_none("user:1").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_password_that_changed_on_disk_is_used_by_pool_and_log_reader() {
+    let stack = stack().await;
+    let login = Login::new(&stack).await;
+    let url = stack.postgres_url().replace("postgres@", "app@");
+    let (url_file, pass_file) =
+        (stack.directory().path().join("database-url"), stack.directory().path().join("pgpass"));
+    let write = |password: &str| {
+        std::fs::write(&url_file, url.replace("app@", &format!("app:{password}@"))).unwrap();
+        std::fs::write(&pass_file, format!("*:*:*:app:{password}\n")).unwrap();
+        std::fs::set_permissions(&pass_file, std::fs::Permissions::from_mode(0o600)).unwrap();
+    };
+    write("first");
+    let rules = stack.directory().path().join("rules.toml");
+    std::fs::write(
+        &rules,
+        "[[table]]\nname = \"items\"\nkeys = [\"item:{id}\"]\non_truncate = [\"item:\"]\n",
+    )
+    .unwrap();
+    let common = [
+        ("NATS_URL", stack.nats_url()),
+        ("RELAY_SOURCE", "outbox,wal".to_owned()),
+        ("RELAY_RULES", rules.display().to_string()),
+    ];
+    let by_url = [common.as_slice(), &[("DATABASE_URL_FILE", url_file.display().to_string())]].concat();
+    let slot = [("RELAY_SLOT", "other".to_owned()), ("RELAY_PUBLICATION", "other".to_owned())];
+    let by_file = [("DATABASE_URL", url.clone()), ("PGPASSFILE", pass_file.display().to_string())];
+    let by_file = [common.as_slice(), &slot, &by_file].concat();
+    let relays =
+        [by_url, by_file].map(|variables| Daemon::spawn(stack.directory(), "relay", &variables).unwrap());
+    for relay in &relays {
+        relay.until_ready().await;
+    }
+    login.change_to("second").await;
+    for relay in &relays {
+        relay.until_not_ready_because("password authentication failed").await;
+    }
+    write("second");
+    for relay in &relays {
+        relay.until_ready().await;
+        let reads = eventually(SETTLED, async || match relay.metric("relay_wal_active").await {
+            Ok(active) if active > 0.0 => Ok(()),
+            other => Err(format!("{other:?}")),
+        });
+        reads.await;
+    }
+}
+
+/// A role of Postgres that has to give its password.
+struct Login {
+    admin: sqlx::PgPool,
+}
+
+impl Login {
+    async fn new(stack: &Stack) -> Self {
+        let admin = sqlx::PgPool::connect(&stack.postgres_url()).await.unwrap();
+        let role = "create role app login superuser replication password 'first'; create table items (id int primary key)";
+        sqlx::raw_sql(role).execute(&admin).await.unwrap();
+        let file: String = sqlx::query_scalar("show hba_file").fetch_one(&admin).await.unwrap();
+        let rules = std::fs::read_to_string(&file).unwrap();
+        let strict = "host all app all scram-sha-256\nhost replication app all scram-sha-256\n";
+        std::fs::write(&file, format!("{strict}{rules}")).unwrap();
+        sqlx::raw_sql("select pg_reload_conf()").execute(&admin).await.unwrap();
+        Self { admin }
+    }
+
+    /// Changes the password and ends every session of the role.
+    async fn change_to(&self, password: &str) {
+        let change = format!("alter role app password '{password}'");
+        sqlx::raw_sql(sqlx::AssertSqlSafe(change)).execute(&self.admin).await.unwrap();
+        let end = "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'app'";
+        sqlx::raw_sql(end).execute(&self.admin).await.unwrap();
+    }
 }

@@ -5,7 +5,7 @@
 //! (about 100 µs) for each hit of the cache.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
@@ -25,7 +25,8 @@ const FAILURE_HOLDS: Duration = Duration::from_millis(50);
 
 pub(super) struct Lanes {
     config: RedisConfig,
-    target: Target,
+    /// Replaced when credentials change; always of the same kind.
+    target: RwLock<Arc<Target>>,
     settings: AsyncConnectionConfig,
     slots: Box<[Slot]>,
     next: AtomicUsize,
@@ -61,7 +62,7 @@ impl Lanes {
         let slots = (0..config.pool_size.max(1)).map(|_| Slot::default()).collect();
         Ok(Self {
             config,
-            target,
+            target: RwLock::new(Arc::new(target)),
             settings,
             slots,
             next: AtomicUsize::new(0),
@@ -74,15 +75,30 @@ impl Lanes {
         &self.config
     }
 
+    fn target(&self) -> Arc<Target> {
+        Arc::clone(&self.target.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Makes connections to `url` from now on. What is connected stays.
+    pub(super) fn use_url(&self, url: &str) -> Result<(), RedisError> {
+        let target = Target::new(&RedisConfig { url: url.to_owned(), ..self.config.clone() })?;
+        if std::mem::discriminant(&target) != std::mem::discriminant(&*self.target()) {
+            let text = "a server cannot become a cluster or the like without a restart";
+            return Err(RedisError::Config(text.to_owned()));
+        }
+        *self.target.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(target);
+        Ok(())
+    }
+
     pub(super) fn is_cluster(&self) -> bool {
-        matches!(self.target, Target::Cluster { .. })
+        matches!(*self.target(), Target::Cluster { .. })
     }
 
     /// Host of the first node given for a cluster.
-    pub(super) fn first_host(&self) -> &str {
-        match &self.target {
-            Target::Cluster { first, .. } => address::host_of(first),
-            Target::Server(_) | Target::Sentinel(_) => "",
+    pub(super) fn first_host(&self) -> String {
+        match &*self.target() {
+            Target::Cluster { first, .. } => address::host_of(first).to_owned(),
+            Target::Server(_) | Target::Sentinel(_) => String::new(),
         }
     }
 
@@ -148,7 +164,7 @@ impl Lanes {
     }
 
     async fn dial(&self) -> Result<Connection, redis::RedisError> {
-        match &self.target {
+        match &*self.target() {
             Target::Server(client) => client
                 .get_multiplexed_async_connection_with_config(&self.settings)
                 .await
@@ -169,7 +185,8 @@ impl Lanes {
 
     /// A connection to the cluster beside those that are shared.
     pub(super) async fn dial_cluster(&self) -> Result<ClusterConnection, RedisError> {
-        let Target::Cluster { client, .. } = &self.target else {
+        let target = self.target();
+        let Target::Cluster { client, .. } = &*target else {
             return Err(RedisError::unexpected("only a cluster has slots that move"));
         };
         Ok(within(self.config.connect_timeout, client.get_async_connection()).await?)
@@ -180,7 +197,7 @@ impl Lanes {
         &self,
         (host, port): &(String, u16),
     ) -> Result<MultiplexedConnection, RedisError> {
-        let client = self.target.node(host, *port)?;
+        let client = self.target().node(host, *port)?;
         let dial = client.get_multiplexed_async_connection_with_config(&self.settings);
         Ok(within(self.config.connect_timeout, dial).await?)
     }

@@ -53,7 +53,7 @@ impl Redis {
         for range in ranges {
             let (first, last, (host, port)) = read_range(range)?;
             // A node that knows no name of its own means the one by which it was reached.
-            let host = if host.is_empty() { self.lanes.first_host().to_owned() } else { host };
+            let host = if host.is_empty() { self.lanes.first_host() } else { host };
             by_address.entry((host, port)).or_default().extend((first..=last).map(Shard::Slot));
         }
         let masters = by_address.into_iter();

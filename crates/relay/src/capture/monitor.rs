@@ -14,7 +14,7 @@ use wal::slot::{self, SlotState};
 use super::lag::Lag;
 use super::publishing::hidden_since;
 use super::{CAUGHT_UP_BYTES, Capture};
-use crate::database::{PATIENCE, explain, within};
+use crate::database::{PATIENCE, within};
 use crate::metrics as names;
 
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -65,7 +65,6 @@ pub async fn monitor(capture: Arc<Capture>, health: Component, shutdown: Shutdow
                 }
             }
             Err(error) => {
-                let error = explain(&capture.shared.pool.connect_options(), error).await;
                 // A restart would not help a server that is down.
                 tracing::debug!(error = %Report::of(&error), "could not look at the slot");
                 health.not_ready(format!(

@@ -166,7 +166,8 @@ pub(super) async fn open(
     let published =
         within(PUBLICATION_PATIENCE, ready_publication(pool, config, &capture.rules, known.as_ref())).await?;
     let expanders = within(PUBLICATION_PATIENCE, catalog::expanders(pool, &capture.rules)).await?;
-    let settings = Settings::parse(capture.servers.current_url(), super::APPLICATION_NAME)?;
+    capture.servers.reload();
+    let settings = Settings::parse(&capture.servers.current_url(), super::APPLICATION_NAME)?;
     let mut session = Session::open(&settings, WAL_SENDER_TIMEOUT, CONNECT_PATIENCE).await?;
     let identity = in_time(session.identify()).await?;
     let record = within(PATIENCE, recorded::find(pool, &config.slot)).await?;

@@ -1,6 +1,7 @@
 //! The servers that `DATABASE_URL` names, and which of them is the primary.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -32,7 +33,9 @@ static TROUBLE: Mutex<Option<String>> = Mutex::new(None);
 pub struct Servers {
     /// As it was configured.
     url: SecretUrl,
-    each: Arc<[Server]>,
+    /// File from which the URL is read again, if it comes from one.
+    file: Option<PathBuf>,
+    each: Arc<Mutex<Arc<[Server]>>>,
     current: Arc<AtomicUsize>,
 }
 
@@ -60,9 +63,6 @@ impl NoServer {
 
 impl fmt::Display for NoServer {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let [(_, cause)] = &*self.0 {
-            return formatter.write_str(&text(cause));
-        }
         let each: Vec<String> = self.0.iter().map(|(url, cause)| format!("{url}: {}", text(cause))).collect();
         formatter.write_str(&each.join("; "))
     }
@@ -85,10 +85,31 @@ impl Servers {
     /// # Errors
     /// [`DatabaseError::Url`].
     pub fn parse(url: &SecretUrl) -> Result<Self, DatabaseError> {
-        let failed = |source| DatabaseError::Url { url: url.clone(), source };
-        let each = split(url.expose()).map_err(failed)?.into_iter().map(|single| Server::parse(&single));
-        let each: Result<Arc<[Server]>, UsageError> = each.collect();
-        Ok(Self { url: url.clone(), each: each.map_err(failed)?, current: Arc::default() })
+        let each = parse_each(url).map_err(|source| DatabaseError::Url { url: url.clone(), source })?;
+        Ok(Self { url: url.clone(), file: None, each: Arc::new(Mutex::new(each)), current: Arc::default() })
+    }
+
+    /// Names the file that the URL comes from.
+    #[must_use]
+    pub fn from_file(self, file: Option<PathBuf>) -> Self {
+        Self { file, ..self }
+    }
+
+    /// Reads again the files that credentials come from: the one with the URL, and libpq's with passwords. What cannot be read
+    /// leaves everything as it is.
+    pub fn reload(&self) {
+        let url = match &self.file {
+            Some(file) => SecretUrl::read("DATABASE_URL_FILE", file),
+            None => Ok(self.url.clone()),
+        };
+        match url.and_then(|url| parse_each(&url)) {
+            Ok(each) => *self.each.lock().unwrap_or_else(PoisonError::into_inner) = each,
+            Err(error) => tracing::warn!("{error}; the credentials from before are used"),
+        }
+    }
+
+    fn each(&self) -> Arc<[Server]> {
+        Arc::clone(&self.each.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The URL as it was configured.
@@ -99,20 +120,18 @@ impl Servers {
 
     /// URL of the server in use, with its host alone.
     #[must_use]
-    pub fn current_url(&self) -> &SecretUrl {
-        &self.current().url
-    }
-
-    fn current(&self) -> &Server {
-        &self.each[self.current.load(Ordering::Relaxed) % self.each.len()]
+    pub fn current_url(&self) -> SecretUrl {
+        let each = self.each();
+        each[self.current.load(Ordering::Relaxed) % each.len()].url.clone()
     }
 
     /// Looks for a server that can be used, the one in use first, and says how to connect to it.
     pub(super) async fn locate(&self, access: Access) -> Result<PgConnectOptions, NoServer> {
         let first = self.current.load(Ordering::Relaxed);
         let mut tried = Vec::new();
-        for index in (first..first + self.each.len()).map(|index| index % self.each.len()) {
-            let server = &self.each[index];
+        let each = self.each();
+        for index in (first..first + each.len()).map(|index| index % each.len()) {
+            let server = &each[index];
             match dial(&server.options, access).await {
                 Ok(()) => {
                     self.current.store(index, Ordering::Relaxed);
@@ -127,14 +146,17 @@ impl Servers {
     /// Leads a pool to the primary: after each failure, until shutdown is requested.
     pub async fn pilot(self, pool: PgPool, access: Access, shutdown: Shutdown) {
         while shutdown.or_done(FAILED.notified()).await.is_some() {
-            let before = self.current_url().clone();
+            self.reload();
+            let before = self.current_url();
             match self.locate(access).await {
                 Ok(options) => {
                     note(None);
-                    if before != *self.current_url() {
-                        tracing::warn!(from = %before, to = %self.current_url(), "using another server of DATABASE_URL");
-                        pool.set_connect_options(options);
+                    let now = self.current_url();
+                    if before != now {
+                        tracing::warn!(from = %before, to = %now, "using another server of DATABASE_URL");
                     }
+                    // Its credentials may have changed, even if the server has not.
+                    pool.set_connect_options(options);
                 }
                 Err(none) => note(Some(none.to_string())),
             }
@@ -169,6 +191,10 @@ pub(super) fn explain<E: From<sqlx::Error> + std::error::Error + 'static>(error:
     } else {
         error
     }
+}
+
+fn parse_each(url: &SecretUrl) -> Result<Arc<[Server]>, UsageError> {
+    split(url.expose())?.iter().map(|single| Server::parse(single)).collect()
 }
 
 impl Server {

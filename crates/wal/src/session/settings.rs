@@ -5,6 +5,7 @@ use service::SecretUrl;
 use url::Url;
 
 use super::SessionError;
+use super::passfile::{self, Login};
 
 const DEFAULT_PORT: u16 = 5432;
 
@@ -109,12 +110,24 @@ impl Settings {
         if settings.database.is_empty() {
             settings.database.clone_from(&settings.user);
         }
+        if settings.password.is_none() {
+            settings.password = settings.password_from_file();
+        }
         Ok(settings)
+    }
+
+    fn password_from_file(&self) -> Option<String> {
+        let host = match &self.host {
+            Host::Name(name) => name,
+            Host::Socket(_) => "localhost",
+        };
+        let (port, database, user) = (self.port, self.database.as_str(), self.user.as_str());
+        passfile::password(&Login { host, port, database, user })
     }
 
     pub(super) fn password(&self) -> Result<&str, SessionError> {
         self.password.as_deref().ok_or_else(|| {
-            SessionError::Refused("it asks for a password, and DATABASE_URL holds none".to_owned())
+            SessionError::Refused("it asks for a password; neither DATABASE_URL nor PGPASSWORD nor a private PGPASSFILE holds one".to_owned())
         })
     }
 }
