@@ -217,14 +217,16 @@ impl Pair {
     /// Waits until the subscriber has recorded that everything in the stream was applied.
     #[track_caller]
     pub fn until_recorded(&self) -> impl Future<Output = ()> {
-        eventually(SETTLED, async || {
+        let mut last = None;
+        eventually(SETTLED, async move || {
+            // Heartbeats go on: what is in the stream now is meant.
             let stream =
                 self.stack.nats.request("$JS.API.STREAM.INFO.INVALIDATIONS", "").await.map_err(text)?;
             let stream: serde_json::Value = serde_json::from_str(&stream).map_err(text)?;
+            let last = *last.get_or_insert(stream["state"]["last_seq"].as_u64().unwrap_or_default());
             let record = self.cache().map_err(text)?.load_position("redis").await.map_err(text)?;
             let position: subscriber::position::Position =
                 serde_json::from_slice(&record.unwrap_or_default()).map_err(text)?;
-            let last = stream["state"]["last_seq"].as_u64().unwrap_or_default();
             if position.acked_seq >= last { Ok(()) } else { Err(format!("{position:?} of {last}")) }
         })
     }

@@ -19,6 +19,13 @@ pub const COVERAGE_SUBJECT: &str = "invalidation-relay.coverage";
 /// Where relays answer [`OutcomeRequest`].
 pub const OUTCOME_SUBJECT: &str = "invalidation-relay.outcome";
 
+/// Subject of heartbeats, within the stream.
+pub const HEARTBEAT_SUBJECT: &str = "invalidation.heartbeat";
+
+/// Header that makes a message a heartbeat: when it was sent, in microseconds since the Unix epoch. The message is an envelope
+/// without events, for readers that do not know the header.
+pub const HEARTBEAT_HEADER: &str = "Invalidation-Heartbeat";
+
 /// Most transactions one [`OutcomeRequest`] may ask about; of more, the first so many are answered.
 pub const MAX_OUTCOMES: usize = 1_000;
 

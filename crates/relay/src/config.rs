@@ -58,6 +58,10 @@ pub struct Config {
     #[arg(long, env = "RELAY_RETENTION", default_value = "10m", value_parser = parse_duration, global = true)]
     pub retention: Duration,
 
+    /// Time between heartbeats, which tell subscribers that everything up to the cache works; 0s sends none
+    #[arg(long, env = "RELAY_HEARTBEAT", default_value = "1s", value_parser = parse_duration, global = true)]
+    pub heartbeat: Duration,
+
     /// How long the stream keeps messages; at least the longest time to live of a cached value
     #[arg(long, env = "RELAY_STREAM_MAX_AGE", default_value = "24h", value_parser = parse_duration, global = true)]
     pub stream_max_age: Duration,
@@ -100,6 +104,12 @@ impl Config {
                 .clone()
                 .ok_or_else(|| UsageError("DATABASE_URL (--database-url) is not set".to_owned())),
         }
+    }
+
+    /// Time between heartbeats, if there are any.
+    #[must_use]
+    pub fn heartbeat(&self) -> Option<Duration> {
+        (!self.heartbeat.is_zero()).then_some(self.heartbeat)
     }
 
     /// How long published messages are kept, if at all.

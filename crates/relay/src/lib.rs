@@ -6,6 +6,7 @@ mod capture;
 mod config;
 pub mod database;
 mod gauges;
+mod heartbeat;
 mod keeper;
 pub mod merging;
 pub mod metrics;

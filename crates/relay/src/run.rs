@@ -13,6 +13,7 @@ use wal::session::Settings;
 use crate::capture::{self, Capture};
 use crate::config::Source;
 use crate::database::{Access, DatabaseError, Servers};
+use crate::heartbeat::{self, LastClaim};
 use crate::keeper::Keeper;
 use crate::republisher::Republisher;
 use crate::stream::StreamError;
@@ -73,6 +74,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         jetstream,
         stream: stream_receiver,
         suspect_stream: suspect,
+        last_claim: LastClaim::default(),
         more: Notify::new(),
         config: config.clone(),
     });
@@ -98,6 +100,10 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         });
         tasks.spawn(capture::run(Arc::clone(&capture), health.component("wal", limits), shutdown.clone()));
         tasks.spawn(capture::monitor(capture, health.component("slot", limits), shutdown.clone()));
+    }
+    if let Some(interval) = config.heartbeat() {
+        let claims = config.capture.has(Source::Outbox);
+        tasks.spawn(heartbeat::run(Arc::clone(&shared), interval, claims, shutdown.clone()));
     }
     tasks.spawn(servers.pilot(pool.clone(), access, shutdown.clone()));
     tasks.spawn(gauges::run(pool.clone(), shutdown.clone()));

@@ -12,6 +12,7 @@ use sqlx::PgPool;
 use tokio::sync::{Notify, watch};
 
 use crate::database::{PATIENCE, within};
+use crate::heartbeat::LastClaim;
 use crate::keeper::not_connected;
 use crate::metrics as names;
 use crate::pace::FromSeq;
@@ -50,6 +51,8 @@ pub struct Shared {
     pub stream: watch::Receiver<Result<Usable, String>>,
     /// Asks the keeper to look at the stream now.
     pub suspect_stream: Arc<Notify>,
+    /// When a claim last came to an end.
+    pub last_claim: LastClaim,
     /// Wakes a resting worker: there is more than one can take.
     pub more: Notify,
     /// Options.
@@ -96,6 +99,7 @@ pub async fn poll(shared: Arc<Shared>, health: Component, shutdown: Shutdown) {
             if waits { wait_and_cycle(&shared, from).await } else { cycle(&shared, from).await.map(Some) };
         match outcome {
             Ok(done) => {
+                shared.last_claim.note();
                 health.ready();
                 retry.reset();
                 if sweep {

@@ -109,6 +109,10 @@ pub struct Config {
     #[arg(long, env = "SUBSCRIBER_DEAD_MAX_BYTES", default_value_t = DEAD_MAX_BYTES, value_parser = clap::value_parser!(i64).range(1024..), global = true)]
     pub dead_max_bytes: i64,
 
+    /// Age of the last heartbeat of a relay from which on this subscriber is not ready
+    #[arg(long, env = "SUBSCRIBER_HEARTBEAT_LIMIT", default_value = "30s", value_parser = parse_duration, global = true)]
+    pub heartbeat_limit: Duration,
+
     /// Stream with change events of Debezium to apply as well, by the rules; none if not set
     #[arg(long, env = "SUBSCRIBER_DEBEZIUM_STREAM", global = true)]
     pub debezium_stream: Option<String>,

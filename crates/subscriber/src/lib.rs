@@ -7,6 +7,7 @@ mod credentials;
 mod dead;
 pub mod debezium;
 pub mod durable;
+pub mod heartbeat;
 pub mod metrics;
 pub mod position;
 pub mod replay;

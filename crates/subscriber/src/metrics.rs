@@ -19,6 +19,7 @@ macro_rules! metrics {
 }
 
 metrics! {
+    describe_gauge HEARTBEAT_AGE = "subscriber_heartbeat_age_seconds", Seconds, "Age of the last heartbeat of a relay that came through to each Redis server: how long ago everything worked";
     describe_counter MESSAGES = "subscriber_messages_total", Count, "Messages settled, by result: applied or dead_letter";
     describe_counter EVENTS_APPLIED = "subscriber_events_applied_total", Count, "Events of applied messages";
     describe_counter KEYS_INVALIDATED = "subscriber_keys_invalidated_total", Count, "Distinct keys per batch that were invalidated or updated";

@@ -12,6 +12,7 @@ use tokio_util::task::TaskTracker;
 use crate::broker::BrokerError;
 use crate::dead::DeadLetters;
 use crate::debezium::Debezium;
+use crate::heartbeat::{Heartbeats, Pulse};
 use crate::supervisor::Supervisor;
 use crate::worker::{self, Shared};
 use crate::{Config, broker, credentials, debezium, resolver};
@@ -46,11 +47,13 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     let limits = Limits { stall_after: Some(STALL_AFTER), dead_after: Some(DEAD_AFTER) };
     let watching = health.component("stream and redis", limits);
 
+    let heartbeats = Heartbeats::new();
     let (consumer_sender, consumer) = watch::channel(None);
     let shared = Arc::new(Shared {
         redis: redis.clone(),
         dead: DeadLetters::new(jetstream.clone(), &config),
         consumer,
+        heartbeats: heartbeats.clone(),
         max_payload: nats.client.server_info().max_payload,
         config: config.clone(),
     });
@@ -63,6 +66,12 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     }
     if config.has_redis_file() {
         tasks.spawn(credentials::follow(redis.clone(), config.clone(), shutdown.clone()));
+    }
+    // A consumer of one topic gets no heartbeats.
+    if config.topic.is_none() {
+        let (redis, jetstream, limit) = (redis.clone(), jetstream.clone(), config.heartbeat_limit);
+        let pulse = Pulse { heartbeats, redis, jetstream, limit };
+        tasks.spawn(pulse.run(health.component("heartbeat", limits), shutdown.clone()));
     }
     tasks.spawn(resolver::run(redis.clone(), nats.clone(), shutdown.clone()));
     let supervisor = Supervisor {

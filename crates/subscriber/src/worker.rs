@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tracing::Span;
 
 use crate::dead::{self, DeadLetters};
+use crate::heartbeat::{self, Heartbeats};
 use crate::metrics as names;
 use crate::{Config, FAILPOINTS};
 
@@ -53,6 +54,8 @@ pub struct Shared {
     pub dead: DeadLetters,
     /// The durable consumer, while the stream is known to be whole.
     pub consumer: watch::Receiver<Option<PullConsumer>>,
+    /// Where the heartbeats of applied batches go.
+    pub heartbeats: Heartbeats,
     /// Options.
     pub config: Config,
     /// Largest message the broker delivers, in bytes.
@@ -68,6 +71,8 @@ struct Batch {
     /// Enqueue time of the oldest event of each message.
     oldest_us: Vec<i64>,
     bytes: usize,
+    /// When the newest heartbeat among the messages was sent.
+    heartbeat_us: Option<i64>,
     /// Spans of traced messages; each lasts until its message is acknowledged.
     spans: Vec<Span>,
 }
@@ -183,6 +188,7 @@ impl Batch {
 
     fn add(&mut self, message: Message, envelope: &Envelope) {
         self.bytes += message.payload.len();
+        self.heartbeat_us = self.heartbeat_us.max(heartbeat::sent_us(message.headers.as_ref()));
         self.events += envelope.events.len() as u64;
         envelope.events.iter().for_each(|event| self.work.add(event));
         self.oldest_us.extend(envelope.events.iter().map(|event| event.at_us).min());
@@ -289,6 +295,7 @@ impl Shared {
             }
         }
         failpoint::hit(FAILPOINTS[1]).await;
+        self.heartbeats.applied(batch.heartbeat_us);
         batch.count();
     }
 }

@@ -12,6 +12,7 @@ mod debezium;
 mod debezium_recordings;
 mod defaults;
 mod durable;
+mod heartbeats;
 mod history;
 mod marks;
 mod nats_faults;

@@ -35,6 +35,11 @@ impl Master {
         Ok(Self { address: Some(address), shards: Vec::new(), apart: Some(connection) })
     }
 
+    /// Host and port in a cluster; outside of one the only server.
+    pub(super) fn name(&self) -> String {
+        self.address.as_ref().map_or("redis".to_owned(), |(host, port)| format!("{host}:{port}"))
+    }
+
     pub(super) fn is_at(&self, address: &Address) -> bool {
         self.address.as_ref() == Some(address)
     }

@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
 use deadpool_redis::redis::{Cmd, FromRedisValue};
+use futures::future::join_all;
 
 use super::Redis;
 use super::batch::read;
@@ -86,6 +87,20 @@ impl Redis {
             masters.evicts_marks = masters.evicts_marks.or(policy.map(str::to_owned));
         }
         Ok(masters)
+    }
+
+    /// Asks every master for a sign of life, all at once, and tells by name which of them gave one.
+    ///
+    /// # Errors
+    /// Any [`RedisError`] if the masters cannot be told.
+    pub async fn ping_masters(&self) -> Result<Vec<(String, bool)>, RedisError> {
+        let masters = self.masters().await?;
+        let asked = masters.iter().map(async |master| {
+            let mut ping = Cmd::new();
+            ping.arg("PING");
+            (master.name(), self.query_to(master, &ping).await.is_ok())
+        });
+        Ok(join_all(asked).await)
     }
 
     /// The longest time between two snapshots that any master is configured for: how old the data of a restarted
