@@ -3,7 +3,8 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use event::{
-    CacheKey, Change, CommittedEvent, EventId, HISTORY_SQL, InvalidEvent, Topic, Traceparent, check_key_count,
+    CacheKey, Change, CommittedEvent, EventId, HISTORY_SQL, InvalidEvent, MAX_VALUE_BYTES, Topic,
+    Traceparent, check_key_count,
 };
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, PgPool, Postgres, Row, Transaction};
@@ -69,6 +70,8 @@ struct Columns {
     traceparent: Option<String>,
     created_at: DateTime<Utc>,
     namespace: bool,
+    /// Stored size of the keys, which are not here if there are too many of them.
+    keys_bytes: i64,
 }
 
 /// The planner must not choose anything but the index because the table was empty when the statement was planned: the
@@ -78,7 +81,7 @@ pub(crate) const PLANNER: &str =
     "set local enable_seqscan = off; set local enable_bitmapscan = off; set local jit = off";
 
 /// Every row must come out, whatever it holds, or nothing ever would again: arrays in one dimension that begin at 1, and a
-/// time that a client can represent.
+/// time that a client can represent. A row may have a gigabyte, so what no event may have is not fetched.
 ///
 /// Rows are deleted by physical address, which the row lock pins: no second descent of the index. Of the locked rows only
 /// those are taken that fit the byte budget, and always the first; the others are free again at the end of the claim.
@@ -97,11 +100,17 @@ pub(crate) static TAKE: LazyLock<String> = LazyLock::new(|| {
             ) locked
         ) measured where bytes_before < $3))
     returning seq, id, topic,
-        case when array_ndims(keys) = 1 and array_lower(keys, 1) = 1 then keys else array(select unnest(keys)) end,
-        value, version, ttl_ms, xid::text::bigint, traceparent,
-        least(greatest(created_at, timestamptz 'epoch'), clock_timestamp()), namespace, {HISTORY_SQL}"
+        case when pg_column_size(keys) > {MAX_KEYS_BYTES} then '{{}}'
+            when array_ndims(keys) = 1 and array_lower(keys, 1) = 1 then keys
+            else array(select unnest(keys)) end,
+        case when octet_length(value) <= {MAX_VALUE_BYTES} then value end, version, ttl_ms, xid::text::bigint, traceparent,
+        least(greatest(created_at, timestamptz 'epoch'), clock_timestamp()), namespace, {HISTORY_SQL},
+        pg_column_size(keys)::bigint"
     )
 });
+
+/// Most bytes of the keys of one row that are fetched: more than any valid event has.
+const MAX_KEYS_BYTES: i64 = 16 * 1024 * 1024;
 
 /// How long [`wait_for_events`] stays in the server when nothing comes: short enough for a relay that is to drain or to
 /// sweep, and long enough to cost next to nothing.
@@ -242,6 +251,7 @@ impl Poison {
             traceparent: event.traceparent.as_ref().map(|parent| parent.as_str().to_owned()),
             created_at: DateTime::from_timestamp_micros(event.at_us).unwrap_or_default(),
             namespace: event.change == Change::Namespace,
+            keys_bytes: 0,
         };
         Self { row, reason }
     }
@@ -267,12 +277,20 @@ impl Columns {
             traceparent: row.try_get(8)?,
             created_at: row.try_get(9)?,
             namespace: row.try_get(10)?,
+            keys_bytes: row.try_get(12)?,
         })
     }
 
     /// Whatever was inserted past `outbox.enqueue` and this crate is checked here: it becomes a dead letter rather than
     /// a relay that stops.
     fn into_claimed(self) -> Result<Claimed, Box<Poison>> {
+        if self.keys_bytes > MAX_KEYS_BYTES {
+            let reason = format!(
+                "keys have {} bytes, the limit is {MAX_KEYS_BYTES}; they were not kept",
+                self.keys_bytes
+            );
+            return Err(Box::new(Poison { reason, row: self }));
+        }
         match self.to_claimed() {
             Ok(claimed) => Ok(claimed),
             Err(error) => Err(Box::new(Poison { reason: error.to_string(), row: self })),

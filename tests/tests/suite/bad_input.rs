@@ -185,3 +185,31 @@ async fn database_without_its_schema_gives_the_writer_an_error_that_says_what_to
     assert!(matches!(error, EnqueueError::NotInstalled(_)), "{error:?}");
     assert!(error.to_string().contains("relay migrate"));
 }
+
+/// Postgres takes rows of up to a gigabyte, the relay has a few megabytes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_huge_value_becomes_a_delete_and_huge_keys_a_dead_letter_without_being_fetched() {
+    let pair = Pair::start().await.unwrap();
+    pair.fill("huge").await.unwrap();
+    pair.fill("versioned").await.unwrap();
+    let peak = || {
+        let status =
+            std::fs::read_to_string(format!("/proc/{}/status", pair.relay.process().pid().unwrap())).unwrap();
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        peak.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+    };
+    let before = peak();
+    let huge = "insert into outbox.events (id, keys, value, version, ttl_ms) values
+        (gen_random_uuid(), array['huge'], decode(repeat('00', 50000000), 'hex'), null, null),
+        (gen_random_uuid(), array['versioned'], decode(repeat('00', 50000000), 'hex'), 1, 1000),
+        (gen_random_uuid(), array[repeat('k', 50000000)], null, null, null)";
+    sqlx::raw_sql(huge).execute(&pair.pool).await.unwrap();
+    pair.until_none("huge").await;
+    pair.until_none("versioned").await;
+    pair.until_outbox_empty().await;
+    let letters = outbox::dead_letters::list(&pair.pool, 100).await.unwrap();
+    assert_eq!(letters.len(), 1);
+    assert!(letters[0].reason.contains("keys have 500"), "{}", letters[0].reason);
+    let grown = peak() - before;
+    assert!(grown < 50_000_000, "the relay grew by {grown} bytes");
+}
