@@ -70,12 +70,22 @@ impl RedisError {
             })
     }
 
+    /// Whether the node said that the slot of the keys is another's.
+    pub(crate) fn is_slot_moved(&self) -> bool {
+        let Self::Unavailable(cause) = self else { return false };
+        cause
+            .downcast_ref::<redis::RedisError>()
+            .is_some_and(|error| error.kind() == ErrorKind::Server(ServerErrorKind::Moved))
+    }
+
     /// Whether the user may not touch one of the keys, though it may run the command. Only the text tells: "no permissions
-    /// to access one of the keys used as arguments", from 7.2 on "No permissions to access a key".
+    /// to access one of the keys used as arguments", from 7.2 on "No permissions to access a key", and of a script "The
+    /// user executing the script can't access at least one of the keys".
     pub(crate) fn is_about_keys(&self) -> bool {
         let Self::Refused { source, .. } = self else { return false };
         let text = source.to_string();
-        text.contains("permissions to access") && text.contains("key")
+        let about = ["permissions to access", "executing the script can't access"];
+        about.iter().any(|about| text.contains(about)) && text.contains("key")
     }
 
     /// Whether Redis is there and does other things than the one it was asked for.
@@ -134,16 +144,24 @@ fn from_server(kind: ServerErrorKind, error: redis::RedisError) -> RedisError {
         ServerErrorKind::ResponseError if error.detail().is_some_and(|text| text.contains("max number of clients")) => {
             RedisError::Unavailable(error.into())
         }
-        _ => RedisError::Unexpected(error.into()),
+        _ => from_code(error),
     }
 }
 
-/// Codes the client has no word for.
+/// Whether the server takes no writes since it is a replica.
+pub(crate) fn is_read_only(error: &redis::RedisError) -> bool {
+    code(error).as_deref() == Some("READONLY")
+}
+
+/// Codes the client has no word for, and codes within the text of another.
 fn from_code(error: redis::RedisError) -> RedisError {
     match code(&error).as_deref() {
-        Some(code @ ("NOAUTH" | "WRONGPASS" | "DENIED")) => refused(code, error),
-        // Out of memory, a failing disk, a missing replica and a running script all pass.
-        Some("OOM" | "MISCONF" | "NOREPLICAS" | "BUSY") => RedisError::Unavailable(error.into()),
+        Some(code @ ("NOAUTH" | "WRONGPASS" | "DENIED" | "NOPERM")) => refused(code, error),
+        // Out of memory, a failing disk, a missing replica, a running script and a failover all pass.
+        Some(
+            "OOM" | "MISCONF" | "NOREPLICAS" | "BUSY" | "READONLY" | "LOADING" | "MASTERDOWN" | "CLUSTERDOWN"
+            | "TRYAGAIN",
+        ) => RedisError::Unavailable(error.into()),
         _ => RedisError::Unexpected(error.into()),
     }
 }
@@ -179,8 +197,62 @@ fn answer(error: &redis::RedisError) -> Option<String> {
 
 /// What the server put before the message; of a pipeline, what it said to the first command that failed.
 fn code(error: &redis::RedisError) -> Option<String> {
+    if let Some(inner) = error.detail().and_then(code_in_script) {
+        return Some(inner.to_owned());
+    }
     if let Some(code) = error.code() {
         return Some(code.to_owned());
     }
     error.clone().into_server_errors()?.first().map(|(_, error)| error.code().to_owned())
+}
+
+/// The code of an error that a command within a script met. Before version 7 the server answers
+/// `ERR Error running script (call to f_…): @user_script:16: -OOM command not allowed …`, and to a missing right
+/// without any code.
+fn code_in_script(text: &str) -> Option<&str> {
+    if text.contains("user executing the script can't") {
+        return Some("NOPERM");
+    }
+    let (_, inner) = text.strip_prefix("Error running script")?.split_once(": -")?;
+    let code = inner.split(|letter: char| !letter.is_ascii_uppercase()).next()?;
+    (!code.is_empty()).then_some(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use deadpool_redis::redis::{Value, parse_redis_value};
+
+    use super::*;
+
+    fn answered(text: &str) -> RedisError {
+        let answer = parse_redis_value(format!("-{text}\r\n").as_bytes());
+        answer.and_then(Value::extract_error).unwrap_err().into()
+    }
+
+    #[test]
+    fn an_error_within_a_script_counts_as_what_it_is() {
+        let script = |inner: &str| {
+            answered(&format!("ERR Error running script (call to f_0a1b): @user_script:16: {inner}"))
+        };
+        assert!(script("-OOM command not allowed when used memory > 'maxmemory'.").is_out_of_memory());
+        for passing in [
+            "-READONLY You can't write against a read only replica.",
+            "-MISCONF Redis is configured to save RDB snapshots, but it's currently unable to persist to disk.",
+            "-NOREPLICAS Not enough good replicas to write.",
+            "-BUSY Redis is busy running a script.",
+            "-LOADING Redis is loading the dataset in memory",
+            "-CLUSTERDOWN Hash slot not served",
+        ] {
+            assert!(script(passing).is_retryable(), "{passing}");
+        }
+        let keys = script(
+            "The user executing the script can't access at least one of the keys mentioned in the command arguments",
+        );
+        assert!(keys.is_about_keys(), "{keys:?}");
+        let command = script("The user executing the script can't run this command or subcommand");
+        assert!(matches!(&command, RedisError::Refused { code, .. } if code == "NOPERM"), "{command:?}");
+        assert!(!command.is_about_keys());
+        let other = script("Wrong number of args calling Redis command From Lua script");
+        assert!(matches!(other, RedisError::Unexpected(_)), "{other:?}");
+    }
 }
