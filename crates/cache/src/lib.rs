@@ -18,6 +18,6 @@ pub use error::RedisError;
 pub use mark::Mark;
 pub use redis::{
     Acquired, Applied, EvictionPolicy, Fill, Instance, LeaseId, LeaseToken, MAX_STALE, Masters, OldMark,
-    OldMarks, Redis, RedisConfig, RedisTls,
+    OldMarks, Outcome, Redis, RedisConfig, RedisTls, Undone, Unreachable,
 };
 pub use work::Work;

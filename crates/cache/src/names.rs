@@ -129,6 +129,13 @@ pub(crate) fn is_guard_or_stale(name: &[u8]) -> bool {
     matches!(name, [OURS, b'g' | b's', b':' | b'{', ..])
 }
 
+/// The keys to which a guard or stale copy may belong, each with something after it or not.
+pub(crate) fn possible_keys_of(sibling: &[u8]) -> [&[u8]; 2] {
+    let rest = sibling.get(3..).unwrap_or_default();
+    let after_number = rest.iter().position(|byte| *byte == b'}').map_or(rest, |at| &rest[at + 1..]);
+    [rest, after_number]
+}
+
 /// Glob that matches at least the guards and stale copies of all keys that `pattern` matches.
 pub(crate) fn guards_and_stale_matching(pattern: &str) -> String {
     format!("\u{1f}[gs][:{{]*{pattern}*")
@@ -166,6 +173,14 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn the_key_of_a_sibling_is_among_its_possible_keys(key in any_key()) {
+            for sibling in [guard(&key), stale(&key)] {
+                let name = name(sibling);
+                prop_assert!(possible_keys_of(&name).iter().any(|rest| rest.starts_with(key.as_bytes())));
+            }
+        }
+
         #[test]
         fn a_sibling_lies_in_the_slot_of_its_key(key in any_key()) {
             for sibling in [guard(&key), marks(&key), stale(&key)] {

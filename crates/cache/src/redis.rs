@@ -5,6 +5,7 @@ mod apply;
 mod batch;
 mod config;
 mod emptiness;
+mod endpoint;
 mod flush;
 mod lanes;
 mod layout;
@@ -13,23 +14,26 @@ mod marks;
 mod masters;
 mod moving;
 mod old_marks;
+mod nodes;
+mod outcome;
 mod position;
+mod routing;
 mod server;
 mod values;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use deadpool_redis::redis::aio::{ConnectionLike, MultiplexedConnection};
-use deadpool_redis::redis::cluster_async::ClusterConnection;
-use deadpool_redis::redis::{Cmd, ErrorKind, FromRedisValue, Pipeline, ServerErrorKind, ToRedisArgs, Value};
+use deadpool_redis::redis::{Cmd, ErrorKind, ServerErrorKind, ToRedisArgs, Value};
+use deadpool_redis::redis::{FromRedisValue, Pipeline};
 
 pub use apply::Applied;
 pub use config::{RedisConfig, RedisTls};
 pub use lease::{Acquired, Fill, LeaseId, LeaseToken, MAX_STALE};
 pub(crate) use moving::SlotIsMoving;
 pub use old_marks::{OldMark, OldMarks};
-pub use server::{EvictionPolicy, Instance, Masters};
+pub use outcome::{Outcome, Undone};
+pub use server::{EvictionPolicy, Instance, Masters, Unreachable};
 pub(crate) use values::Found;
 
 use crate::RedisError;
@@ -37,7 +41,7 @@ use crate::names::Shard;
 use crate::script::Script;
 use crate::slot::slot_of;
 use batch::{Group, requests};
-use lanes::{Lane, Lanes};
+use lanes::Lanes;
 
 /// A request that has failed may take twice as long, and so on up to this power of two.
 const MAX_PATIENCE: u32 = 4;
@@ -45,19 +49,12 @@ const MAX_PATIENCE: u32 = 4;
 /// Connection to one cache: a single server, a Cluster, or the master that Sentinels name.
 ///
 /// Cheap to clone; clones share their connections. Every request is pipelined on one of
-/// [`RedisConfig::pool_size`] connections, which are made when first needed and replaced after a failure or a timeout.
+/// [`RedisConfig::pool_size`] connections to its server, which are made when first needed and replaced after a failure or a timeout.
 /// Dropping a request is safe; it may or may not be carried out.
 #[derive(Clone)]
 pub struct Redis {
     lanes: Arc<Lanes>,
     limit: Duration,
-}
-
-/// A connection in use.
-#[derive(Clone)]
-pub(crate) enum Connection {
-    Server(MultiplexedConnection),
-    Cluster(ClusterConnection),
 }
 
 impl Redis {
@@ -71,7 +68,8 @@ impl Redis {
     }
 
     /// The same connections for requests that are given up after `limit`, connecting included.
-    pub(crate) fn limited_to(&self, limit: Duration) -> Self {
+    #[must_use]
+    pub fn limited_to(&self, limit: Duration) -> Self {
         Self { lanes: Arc::clone(&self.lanes), limit }
     }
 
@@ -101,44 +99,21 @@ impl Redis {
         self.query::<Value>(&ping).await.map(drop)
     }
 
-    pub(crate) fn is_cluster(&self) -> bool {
+    /// Whether the URL is that of a cluster, whose nodes can fail one by one.
+    #[must_use]
+    pub fn is_cluster(&self) -> bool {
         self.lanes.is_cluster()
     }
 
-    async fn lane(&self) -> Result<Lane, RedisError> {
-        self.lanes.get(self.limit).await
-    }
-
-    /// Runs one command. In a cluster it goes where its key lives.
-    pub(crate) async fn query<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, RedisError> {
-        let lane = self.lane().await?;
-        let answer = match lane.connection() {
-            Connection::Server(mut connection) => {
-                connection.set_response_timeout(self.limit);
-                command.query_async(&mut connection).await
-            }
-            Connection::Cluster(mut connection) => {
-                within(self.limit, command.query_async(&mut connection)).await
-            }
-        };
-        answer.map_err(|error| self.lanes.failed(&lane, error))
+    /// Name of the node of a cluster that has `key`, as far as is known.
+    #[must_use]
+    pub fn node_of_key(&self, key: &str) -> String {
+        self.node_of(self.shard_of(key))
     }
 
     /// Where the names that belong to `key` live.
     pub(crate) fn shard_of(&self, key: &str) -> Shard {
         if self.is_cluster() { Shard::Slot(slot_of(key.as_bytes())) } else { Shard::Server }
-    }
-
-    /// Runs commands in one write. In a cluster all their keys share a slot.
-    async fn pipeline_on(&self, lane: &Lane, pipeline: &Pipeline) -> Result<Vec<Value>, RedisError> {
-        let answers = match lane.connection() {
-            Connection::Server(mut connection) => {
-                connection.set_response_timeout(self.limit);
-                run(connection, pipeline).await
-            }
-            Connection::Cluster(connection) => within(self.limit, run(connection, pipeline)).await,
-        };
-        answers.map_err(|error| self.lanes.failed(lane, error))
     }
 
     /// Calls a script on the siblings of `key`. The arguments start with their number. If they are not at one node
@@ -186,7 +161,7 @@ impl Redis {
         };
         let requests = requests(&groups, calls);
         let mut placed = Vec::new();
-        for (group, answers) in groups.iter().zip(self.run_each(&requests).await?) {
+        for (group, answers) in groups.iter().zip(self.run_each(&requests).await) {
             let places = group.items.iter().map(|(at, _)| *at);
             match answers {
                 Ok(answers) => placed.extend(places.zip(answers)),
@@ -205,24 +180,6 @@ fn is_unknown_script(cause: &(dyn std::error::Error + 'static)) -> bool {
     cause
         .downcast_ref::<deadpool_redis::redis::RedisError>()
         .is_some_and(|error| error.kind() == ErrorKind::Server(ServerErrorKind::NoScript))
-}
-
-async fn run(
-    mut connection: impl ConnectionLike,
-    pipeline: &Pipeline,
-) -> Result<Vec<Value>, deadpool_redis::redis::RedisError> {
-    pipeline.query_async(&mut connection).await
-}
-
-/// A cluster's connection is many; its own limit is fixed when it is made.
-async fn within<T>(
-    limit: Duration,
-    request: impl Future<Output = Result<T, deadpool_redis::redis::RedisError>>,
-) -> Result<T, deadpool_redis::redis::RedisError> {
-    match tokio::time::timeout(limit, request).await {
-        Ok(answer) => answer,
-        Err(_) => Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()),
-    }
 }
 
 impl std::fmt::Debug for Redis {

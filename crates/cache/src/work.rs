@@ -1,4 +1,4 @@
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,7 +30,7 @@ pub(crate) struct Item {
 }
 
 /// The value a key has from now on.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Update {
     pub(crate) value: Vec<u8>,
     pub(crate) version: i64,
@@ -82,6 +82,77 @@ impl Work {
         self.namespaces.clear();
         self.transactions.clear();
         self.named.clear();
+    }
+
+    /// What this asks of some of its keys. Nothing of its namespaces.
+    #[must_use]
+    pub fn only(&self, keys: &HashSet<&str>) -> Self {
+        self.filtered(|key| keys.contains(key))
+    }
+
+    /// What this asks of the keys that are wanted. Nothing of its namespaces.
+    #[must_use]
+    pub fn filtered(&self, wanted: impl Fn(&str) -> bool) -> Self {
+        let mut part = Self::new();
+        part.add_items(self, wanted);
+        part
+    }
+
+    /// Adds what `other` asks for.
+    pub fn merge(&mut self, other: &Self) {
+        self.namespaces.extend(other.namespaces.iter().cloned());
+        self.add_items(other, |_| true);
+    }
+
+    fn add_items(&mut self, other: &Self, wanted: impl Fn(&str) -> bool) {
+        let mut places = HashMap::new();
+        for (from, item) in other.items.iter().enumerate().filter(|(_, item)| wanted(&item.key)) {
+            places.insert(from, self.add_item(item));
+        }
+        for (from, transactions) in &other.named {
+            if let Some(&at) = places.get(from) {
+                let first = self.transactions.len();
+                self.transactions.extend_from_slice(&other.transactions[transactions.clone()]);
+                self.named.push((at, first..self.transactions.len()));
+            }
+        }
+    }
+
+    fn add_item(&mut self, item: &Item) -> usize {
+        let is_new = !self.positions.contains_key(&item.key);
+        let at = self.position(&item.key, || None);
+        let held = &mut self.items[at].update;
+        let is_newer = match (&held, &item.update) {
+            (Some(held), Some(update)) => held.version < update.version,
+            (_, None) => true,
+            (None, Some(_)) => is_new,
+        };
+        if is_newer {
+            held.clone_from(&item.update);
+        }
+        at
+    }
+
+    /// Removes the namespaces and returns them.
+    #[must_use]
+    pub fn take_namespaces(&mut self) -> BTreeSet<CacheKey> {
+        std::mem::take(&mut self.namespaces)
+    }
+
+    /// The distinct keys.
+    pub fn key_names(&self) -> impl Iterator<Item = &str> {
+        self.items.iter().map(|item| &*item.key)
+    }
+
+    /// Roughly how much memory this takes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        const PER_KEY: usize = 160;
+        let of = |item: &Item| {
+            PER_KEY + item.key.len() + item.update.as_ref().map_or(0, |update| update.value.len())
+        };
+        let namespaces = self.namespaces.iter().map(|namespace| PER_KEY + namespace.as_str().len());
+        self.items.iter().map(of).chain(namespaces).sum::<usize>() + self.transactions.len() * size_of::<TransactionId>()
     }
 
     /// Beginnings of keys of which every one is invalidated.
@@ -180,6 +251,43 @@ mod tests {
         work.clear();
         assert!(work.is_empty());
         assert!(!work.has_transactions());
+    }
+
+    #[test]
+    fn a_part_of_the_work_keeps_what_it_asks_for_and_a_sum_is_as_if_all_events_had_been_added() {
+        let events = [
+            committed(&["a", "b"], Change::Delete, &[1, 2]),
+            committed(&["b", "c"], version(7), &[3]),
+            committed(&["c"], version(8), &[4]),
+            committed(&["n:"], Change::Namespace, &[5]),
+        ];
+        let all = |events: &[CommittedEvent]| {
+            let mut work = Work::new();
+            events.iter().for_each(|event| work.add(event));
+            work
+        };
+        let asked = |work: &Work| {
+            let mut asked: Vec<_> = (work.items().iter())
+                .map(|item| (item.key.to_string(), item.update.as_ref().map(|update| update.version)))
+                .collect();
+            asked.sort();
+            let transactions = work.transactions().map(|(key, transaction)| (key.to_owned(), transaction.xid));
+            let mut transactions: Vec<_> = transactions.collect();
+            transactions.sort();
+            (asked, transactions)
+        };
+        let whole = all(&events);
+        let part = whole.only(&HashSet::from(["c", "other"]));
+        assert_eq!(asked(&part), (vec![("c".into(), Some(8))], vec![("c".into(), 3), ("c".into(), 4)]));
+        assert!(part.namespaces().is_empty());
+        for split in 0..events.len() {
+            let (one, other) = events.split_at(split);
+            for (one, other) in [(one, other), (other, one)] {
+                let mut sum = all(one);
+                sum.merge(&all(other));
+                assert_eq!((asked(&sum), sum.namespaces()), (asked(&whole), whole.namespaces()));
+            }
+        }
     }
 
     #[test]

@@ -2,26 +2,25 @@
 
 use std::path::Path;
 
-use deadpool_redis::redis::cluster::{ClusterClient, ClusterClientBuilder};
 use deadpool_redis::redis::io::tcp::TcpSettings;
 use deadpool_redis::redis::sentinel::{SentinelClient, SentinelClientBuilder, SentinelServerType};
 use deadpool_redis::redis::{
-    Client, ClientTlsConfig, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, TlsCertificates, TlsMode,
+    self, Client, ClientTlsConfig, ConnectionAddr, ConnectionInfo, ErrorKind, IntoConnectionInfo,
+    TlsCertificates, TlsMode,
 };
 
 use super::config::{RedisConfig, RedisTls};
+use super::nodes::Address as NodeAddress;
 use crate::RedisError;
-
-/// How often the cluster client itself repeats a request that met a moving slot or a lost connection.
-const CLUSTER_RETRIES: u32 = 3;
-
-/// Between two such repetitions, in ms.
-const CLUSTER_RETRY_WAIT_MS: (u64, u64) = (10, 200);
 
 /// A client that has not connected yet.
 pub(super) enum Target {
     Server(Box<Client>),
-    Cluster { client: Box<ClusterClient>, first: Box<ConnectionInfo>, certificates: Option<TlsCertificates> },
+    /// The nodes to begin with.
+    Cluster {
+        seeds: Vec<ConnectionInfo>,
+        certificates: Option<TlsCertificates>,
+    },
     Sentinel(Box<tokio::sync::Mutex<SentinelClient>>),
 }
 
@@ -57,23 +56,32 @@ impl Target {
 }
 
 impl Target {
+    /// Addresses of the nodes to begin with; none unless it is a cluster.
+    pub(super) fn seeds(&self) -> Vec<NodeAddress> {
+        match self {
+            Self::Cluster { seeds, .. } => seeds.iter().filter_map(address_of).collect(),
+            Self::Server(_) | Self::Sentinel(_) => Vec::new(),
+        }
+    }
+
     /// A client for one node of the cluster, with the credentials and certificates of all.
-    pub(super) fn node(&self, host: &str, port: u16) -> Result<Client, RedisError> {
-        let Self::Cluster { first, certificates, .. } = self else {
-            return Err(RedisError::unexpected("only a cluster has nodes"));
+    pub(super) fn node(&self, (host, port): &NodeAddress) -> Result<Client, redis::RedisError> {
+        let Self::Cluster { seeds, certificates } = self else {
+            return Err((ErrorKind::InvalidClientConfig, "only a cluster has nodes").into());
         };
-        let (host, mut address) = (host.to_owned(), first.addr().clone());
+        let first = seeds.first().ok_or((ErrorKind::InvalidClientConfig, "the cluster has no node"))?;
+        let mut address = first.addr().clone();
         match &mut address {
             ConnectionAddr::TcpTls { host: first, port: first_port, .. } => {
-                (*first, *first_port) = (host, port)
+                (*first, *first_port) = (host.clone(), *port);
             }
-            other => *other = ConnectionAddr::Tcp(host, port),
+            other => *other = ConnectionAddr::Tcp(host.clone(), *port),
         }
-        let info = first.as_ref().clone().set_addr(address);
-        Ok(match certificates.clone() {
+        let info = first.clone().set_addr(address);
+        match certificates.clone() {
             Some(certificates) => Client::build_with_tls(info, certificates),
             None => Client::open(info),
-        }?)
+        }
     }
 }
 
@@ -113,38 +121,30 @@ fn cluster(
     certificates: Option<TlsCertificates>,
 ) -> Result<Target, RedisError> {
     if !address.path.is_empty() {
-        return Err(invalid("a cluster has no numbered databases", &config.url));
+        return Err(invalid("a database number of a cluster is not supported; remove it", &config.url));
     }
-    let (shortest, longest) = CLUSTER_RETRY_WAIT_MS;
-    let nodes = address.each_host()?;
-    let first = match nodes.first() {
-        Some(first) if !host_of(first).is_empty() => Box::new(first.clone()),
-        _ => return Err(invalid("it names no host", &config.url)),
-    };
-    let mut builder = ClusterClientBuilder::new(nodes)
-        // A node that does not answer is tried twice, and there must be time left for the others.
-        .connection_timeout(config.connect_timeout / 3)
-        .response_timeout(config.response_timeout)
-        .retries(CLUSTER_RETRIES)
-        .min_retry_wait(shortest)
-        .max_retry_wait(longest)
-        .tcp_settings(tcp_settings());
-    if address.tls {
-        builder = builder.tls(TlsMode::Secure);
+    let seeds = address.each_host()?;
+    if seeds.first().and_then(address_of).is_none_or(|(host, _)| host.is_empty()) {
+        return Err(invalid("it names no host", &config.url));
     }
-    if let Some(certificates) = certificates.clone() {
-        builder = builder.certs(certificates);
-    }
-    let client = builder.build().map_err(|error| invalid(&error.to_string(), &config.url))?;
-    Ok(Target::Cluster { client: Box::new(client), first, certificates })
+    Ok(Target::Cluster { seeds, certificates })
 }
 
-/// The host of a server; none for a socket.
-pub(super) fn host_of(info: &ConnectionInfo) -> &str {
+/// Host and port of a server; none for a socket.
+fn address_of(info: &ConnectionInfo) -> Option<NodeAddress> {
     match info.addr() {
-        ConnectionAddr::Tcp(host, _) | ConnectionAddr::TcpTls { host, .. } => host,
-        _ => "",
+        ConnectionAddr::Tcp(host, port) | ConnectionAddr::TcpTls { host, port, .. } => {
+            Some((host.clone(), *port))
+        }
+        _ => None,
     }
+}
+
+/// A connection that does not tell the server which library it is of: the user may lack the right to `CLIENT SETINFO`, and
+/// each refusal is an entry in the ACL log.
+pub(super) fn without_library_name(info: ConnectionInfo) -> ConnectionInfo {
+    let settings = info.redis_settings().clone().set_skip_set_lib_name();
+    info.set_redis_settings(settings)
 }
 
 fn sentinel(
@@ -197,7 +197,7 @@ fn connection_info(url: &str) -> Result<ConnectionInfo, RedisError> {
     if matches!(info.addr(), ConnectionAddr::TcpTls { insecure: true, .. }) {
         return Err(invalid("unverified TLS is not supported", url));
     }
-    Ok(info.set_tcp_settings(tcp_settings()))
+    Ok(without_library_name(info.set_tcp_settings(tcp_settings())))
 }
 
 /// Without `TCP_NODELAY` a small request can wait 40 ms for the acknowledgement of the one before.

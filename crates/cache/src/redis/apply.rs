@@ -1,10 +1,9 @@
 use deadpool_redis::redis::{Pipeline, Value};
 use event::CacheKey;
 
-use super::Redis;
 use super::batch::{Group, read, requests};
-use super::flush::beginning_with;
 use super::lease::MAX_STALE;
+use super::{Outcome, Redis, Undone};
 use crate::names::{Shard, guard, marks, stale};
 use crate::script::{APPLY, LIMIT_STALE};
 use crate::work::{Item, Update};
@@ -12,6 +11,9 @@ use crate::{Mark, RedisError, Work};
 
 /// Names per `UNLINK`, two per key: long enough to be cheap, short enough not to hold up other clients.
 pub(super) const NAMES_PER_UNLINK: usize = 1_000;
+
+/// Most keys of one server that are invalidated before it has answered.
+const KEYS_PER_STEP: usize = 2_000;
 
 /// Most marks looked at to find those of a batch. With more in a registry the marks of every key of the batch are
 /// looked at, one command per key.
@@ -39,7 +41,7 @@ struct Shown {
 impl Redis {
     /// Carries out a batch: removes value and guard of every key, applies updates, then removes the marks that the
     /// transactions of the batch still have. One round trip per server; a second one only if there are such marks or
-    /// stale copies.
+    /// stale copies. A large batch is sent in steps.
     ///
     /// Namespaces of the batch are searched for in the whole cache, in steps: that takes as long as it takes.
     ///
@@ -50,65 +52,98 @@ impl Redis {
     /// Any [`RedisError`]. Parts of the batch may have been carried out; after [`RedisError::KeysRefused`] all but the keys
     /// that it is about.
     pub async fn apply(&self, work: &Work) -> Result<Applied, RedisError> {
-        let mut applied = Applied::default();
-        let mut refused = Vec::new();
-        // One key that the user may not touch has its whole command refused. It is found by halving.
-        let mut parts = vec![work.items()];
-        while let Some(part) = parts.pop() {
-            match self.apply_part(part, work, &mut applied).await {
-                Err(error) if error.is_about_keys() => match part {
-                    [item] => refused.push(&*item.key),
-                    _ => parts.extend(<[_; 2]>::from(part.split_at(part.len() / 2))),
-                },
-                outcome => outcome?,
-            }
-        }
+        let mut outcome = self.apply_keys(work).await;
         if !work.namespaces().is_empty() {
-            let namespaces: Vec<_> = work.namespaces().iter().map(beginning_with).collect();
-            match self.delete_matching(&namespaces).await {
-                Err(error) if error.is_about_keys() => {
-                    refused.extend(work.namespaces().iter().map(CacheKey::as_str))
+            match self.delete_namespaces(work.namespaces()).await {
+                Err(error @ RedisError::KeysRefused { .. }) => {
+                    let keys = work.namespaces().iter().map(ToString::to_string).collect();
+                    outcome.undone.push(Undone { keys, node: String::new(), error });
                 }
-                deleted => applied.deleted += deleted?,
+                Ok(deleted) => outcome.applied.deleted += deleted,
+                Err(error) => return Err(error),
             }
         }
-        if refused.is_empty() { Ok(applied) } else { Err(keys_refused(&refused)) }
+        outcome.into_result()
     }
 
-    async fn apply_part(&self, items: &[Item], work: &Work, applied: &mut Applied) -> Result<(), RedisError> {
-        let groups = self.group(items, |item| item.key.as_bytes());
-        let answers = self.run_all(&requests(&groups, invalidation)).await?;
-        let mut registries = Vec::new();
-        let mut with_stale_copies = Vec::new();
-        for (group, answers) in groups.into_iter().zip(answers) {
-            let shown = count(&group, answers, applied)?;
-            registries.push(shown.registry);
-            if shown.has_stale_copies {
-                with_stale_copies.push(group);
+    /// As [`apply`](Self::apply) without the namespaces, and says of each key whether it is done: a server of a cluster that
+    /// does not answer, or a key that the user may not touch, holds up no other key.
+    pub async fn apply_keys(&self, work: &Work) -> Outcome {
+        let mut outcome = Outcome::default();
+        let mut refused = Vec::new();
+        let mut groups = in_steps(self.group(work.items(), |item| item.key.as_bytes()));
+        // One key that the user may not touch has its whole command refused. It is found by halving.
+        while !groups.is_empty() {
+            let answers = self.try_all(&requests(&groups, invalidation)).await;
+            let mut done = Vec::new();
+            for (group, answers) in std::mem::take(&mut groups).into_iter().zip(answers) {
+                match answers.and_then(|answers| count(&group, answers, &mut outcome.applied)) {
+                    Ok(shown) => done.push((group, shown)),
+                    Err(error) if error.is_about_keys() => match group.halves() {
+                        Some(halves) => groups.extend(halves),
+                        None => refused.extend(names_in(&group)),
+                    },
+                    Err(error) => outcome.add(self.node_of(group.shard), names_in(&group), error),
+                }
+            }
+            self.finish(work, done, &mut outcome).await;
+        }
+        outcome.refuse(refused);
+        outcome
+    }
+
+    /// What remains to be done for keys that are deleted.
+    async fn finish(&self, work: &Work, done: Vec<(Group<&Item>, Shown)>, outcome: &mut Outcome) {
+        let own = match self.marks_of(work, &done).await {
+            Ok(own) => own,
+            Err(error) => return self.undo(done.iter().map(|(group, _)| group), error, outcome),
+        };
+        match self.remove_marks(&own).await {
+            Ok(removed) => outcome.applied.unmarked += removed,
+            Err(error) => {
+                let node = own.first().map_or_else(String::new, |(key, _)| self.node_of_key(key));
+                outcome.add(node, own.iter().map(|(key, _)| (*key).to_owned()), error);
             }
         }
-        self.limit_stale_copies(&with_stale_copies).await?;
-        applied.unmarked += self.remove_marks_of(work, items, &registries).await?;
-        Ok(())
+        let with_copies = done.into_iter().filter(|(_, shown)| shown.has_stale_copies);
+        let with_copies: Vec<_> = with_copies.map(|(group, _)| group).collect();
+        let limited = self.try_all(&requests(&with_copies, limit_stale_copies)).await;
+        for (group, limited) in with_copies.iter().zip(limited) {
+            if let Err(error) = limited {
+                outcome.add(self.node_of(group.shard), names_in(group), error);
+            }
+        }
     }
 
-    /// Removes the marks that the transactions of the batch still have on `items`. Says how many.
-    async fn remove_marks_of(
+    /// Counts groups as not done, for a reason that may concern any of them.
+    fn undo<'a>(
+        &self,
+        groups: impl Iterator<Item = &'a Group<&'a Item>>,
+        error: RedisError,
+        outcome: &mut Outcome,
+    ) {
+        let mut groups = groups.peekable();
+        let node = groups.peek().map_or_else(String::new, |group| self.node_of(group.shard));
+        outcome.add(node, groups.flat_map(names_in), error);
+    }
+
+    /// The marks that the transactions of the batch still have on keys that are done.
+    async fn marks_of<'a>(
         &self,
         work: &Work,
-        items: &[Item],
-        registries: &[Vec<String>],
-    ) -> Result<u64, RedisError> {
-        if !work.has_transactions() || registries.iter().all(Vec::is_empty) {
-            return Ok(0);
+        done: &'a [(Group<&'a Item>, Shown)],
+    ) -> Result<Vec<(&'a str, Mark)>, RedisError> {
+        if !work.has_transactions() || done.iter().all(|(_, shown)| shown.registry.is_empty()) {
+            return Ok(Vec::new());
         }
-        if registries.iter().any(|registry| registry.len() >= REGISTRY_WINDOW) {
-            let found = self.marks_on(items.iter().map(|item| &*item.key)).await?;
-            return self.remove_marks(&work.marks_among(&found)).await;
+        if done.iter().any(|(_, shown)| shown.registry.len() >= REGISTRY_WINDOW) {
+            let items = done.iter().flat_map(|(group, _)| &group.items);
+            let found = self.marks_on(items.map(|item| &*item.key)).await?;
+            return Ok(work.marks_among(&found));
         }
-        let members = registries.iter().flatten();
+        let members = done.iter().flat_map(|(_, shown)| &shown.registry);
         let registered: Vec<_> = members.filter_map(|member| Mark::parse_member(member)).collect();
-        self.remove_marks(&work.marks_among(&registered)).await
+        Ok(work.marks_among(&registered))
     }
 
     /// Every mark on these keys.
@@ -146,28 +181,30 @@ impl Redis {
         }
         Ok(self.apply(&work).await?.deleted)
     }
-
-    /// From now on these keys' stale copies live no longer than a reader may be served one.
-    async fn limit_stale_copies(&self, groups: &[Group<&Item>]) -> Result<(), RedisError> {
-        let longest_ms = milliseconds(MAX_STALE);
-        let limit = |group: &Group<&Item>| {
-            let mut pipeline = Pipeline::with_capacity(group.items.len());
-            for (at, item) in group.items.iter().enumerate() {
-                LIMIT_STALE.call_in(&mut pipeline, at == 0).arg(1).arg(stale(&item.key)).arg(longest_ms);
-            }
-            pipeline
-        };
-        self.run_all(&requests(groups, limit)).await.map(drop)
-    }
 }
 
-fn keys_refused(keys: &[&str]) -> RedisError {
-    const NAMED: usize = 3;
-    let mut what = keys.iter().take(NAMED).map(|key| format!("{key:?}")).collect::<Vec<_>>().join(", ");
-    if keys.len() > NAMED {
-        what = format!("{what} and {} more", keys.len() - NAMED);
+/// From now on these keys' stale copies live no longer than a reader may be served one.
+fn limit_stale_copies(group: &Group<&Item>) -> Pipeline {
+    let longest_ms = milliseconds(MAX_STALE);
+    let mut pipeline = Pipeline::with_capacity(group.items.len());
+    for (at, item) in group.items.iter().enumerate() {
+        LIMIT_STALE.call_in(&mut pipeline, at == 0).arg(1).arg(stale(&item.key)).arg(longest_ms);
     }
-    RedisError::KeysRefused { what }
+    pipeline
+}
+
+fn names_in(group: &Group<&Item>) -> impl Iterator<Item = String> {
+    group.items.iter().map(|item| item.key.to_string())
+}
+
+/// Cuts groups into such that are carried out in one step.
+fn in_steps(groups: Vec<Group<&Item>>) -> Vec<Group<&Item>> {
+    let cut = |group: Group<_>| {
+        let shard = group.shard;
+        let steps: Vec<Vec<&Item>> = group.items.chunks(KEYS_PER_STEP).map(<[_]>::to_vec).collect();
+        steps.into_iter().map(move |items| Group { shard, items })
+    };
+    groups.into_iter().flat_map(cut).collect()
 }
 
 /// `UNLINK`s, then updates, then a look at the registry of marks and at whether there are stale copies.

@@ -1,31 +1,37 @@
-//! Many keys in one round trip: one pipeline for a server; for a cluster one per slot, all in flight together.
+//! Many keys in one round trip: the requests of each server together, those of different servers at the same time.
 
-use std::collections::HashMap;
-use std::time::Duration;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::sync::Arc;
 
 use deadpool_redis::redis::{FromRedisValue, Pipeline, Value, from_redis_value};
-use futures::{Stream, StreamExt as _, stream};
-use tokio::time::{Instant, timeout_at};
+use futures::future::join_all;
+use tokio::time::Instant;
 
 use super::Redis;
-use super::lanes::Lane;
 use super::moving::SlotIsMoving;
+use super::nodes::{Address, SlotMap};
 use crate::RedisError;
 use crate::names::Shard;
 use crate::slot::slot_of;
 
-/// Most pipelines in flight at once on one connection to a cluster. While a node does not answer, the others get on as
-/// long as there are fewer of its slots than this.
-pub(super) const MAX_PIPELINES: usize = 8_192;
-
-/// Once a request of a batch has failed, how much longer than one request all together may take. They are sent together, so
-/// those that have no answer by then hardly get one.
-const GRACE: Duration = Duration::from_millis(500);
+/// Most commands sent to one server at once. Each write has its own limit of time, so that a batch of any size gets through
+/// a server that is slow.
+const COMMANDS_PER_WRITE: usize = 4_096;
 
 /// Items whose keys can share a pipeline.
 pub(super) struct Group<T> {
     pub(super) shard: Shard,
     pub(super) items: Vec<T>,
+}
+
+impl<T: Copy> Group<T> {
+    /// Two groups, unless it has only one item.
+    pub(super) fn halves(&self) -> Option<[Self; 2]> {
+        let (one, other) = self.items.split_at(self.items.len() / 2);
+        let half = |items: &[T]| Self { shard: self.shard, items: items.to_vec() };
+        (!one.is_empty()).then(|| [half(one), half(other)])
+    }
 }
 
 /// A pipeline and where all its keys live.
@@ -37,15 +43,6 @@ pub(super) struct Request {
 /// One request per group.
 pub(super) fn requests<T>(groups: &[Group<T>], pipeline: impl Fn(&Group<T>) -> Pipeline) -> Vec<Request> {
     groups.iter().map(|group| Request { shard: group.shard, pipeline: pipeline(group) }).collect()
-}
-
-/// The next outcome; `None` at the end, or when the time is up. One failure must not keep the others from being carried
-/// out, but where a node is down all its slots fail, and there are thousands.
-async fn next_before<S: Stream + Unpin>(outcomes: &mut S, deadline: Option<Instant>) -> Option<S::Item> {
-    match deadline {
-        None => outcomes.next().await,
-        Some(deadline) => timeout_at(deadline, outcomes.next()).await.ok().flatten(),
-    }
 }
 
 impl Redis {
@@ -70,82 +67,159 @@ impl Redis {
     /// Sends all requests and returns the answers in the same order. What a moving slot has kept from being carried out
     /// is then done key by key. All is tried before the first failure is reported.
     pub(super) async fn run_all(&self, requests: &[Request]) -> Result<Vec<Vec<Value>>, RedisError> {
-        let mut all = Vec::with_capacity(requests.len());
-        let (mut failure, mut deadline) = (None, None);
-        for (request, answers) in requests.iter().zip(self.run_each(requests).await?) {
-            let answers = match answers {
-                // One by one they would take too long if none of them succeeds.
-                Err(error)
-                    if error.is_slot_moving()
-                        && deadline.is_none_or(|deadline| Instant::now() < deadline) =>
-                {
-                    let answers = self.run_singly(&request.pipeline).await;
-                    if answers.is_err() {
-                        deadline.get_or_insert_with(|| Instant::now() + self.limit);
-                    }
-                    answers
+        self.try_all(requests).await.into_iter().collect()
+    }
+
+    /// As [`run_all`](Self::run_all), but says what became of each request.
+    pub(super) async fn try_all(&self, requests: &[Request]) -> Vec<Result<Vec<Value>, RedisError>> {
+        let mut outcomes = self.run_each(requests).await;
+        let mut deadline = None;
+        for (request, outcome) in requests.iter().zip(&mut outcomes) {
+            let is_moving = outcome.as_ref().is_err_and(RedisError::is_slot_moving);
+            // One by one they would take too long if none of them succeeds.
+            if is_moving && deadline.is_none_or(|deadline| Instant::now() < deadline) {
+                *outcome = self.run_singly(&request.pipeline).await;
+                if outcome.is_err() {
+                    deadline.get_or_insert_with(|| Instant::now() + self.limit);
                 }
-                answers => answers,
-            };
-            match answers {
-                Ok(answers) => all.push(answers),
-                Err(error) => failure = failure.or(Some(error)),
             }
         }
-        failure.map_or(Ok(all), Err)
+        outcomes
     }
 
     /// Sends all requests and returns what became of each, in the same order. Those about slots known to be moving are
-    /// not sent. An error if there is no connection.
-    pub(super) async fn run_each(
+    /// not sent. A server that does not answer holds up no other.
+    pub(super) async fn run_each(&self, requests: &[Request]) -> Vec<Result<Vec<Value>, RedisError>> {
+        let unsent = || Err(RedisError::unavailable("not sent"));
+        let mut outcomes: Vec<_> = requests.iter().map(|_| unsent()).collect();
+        self.run_some(requests, 0..requests.len(), &mut outcomes).await;
+        let moved: Vec<usize> = (0..requests.len()).filter(|at| has_moved(&outcomes[*at])).collect();
+        // The refusal has them looked up once more.
+        self.run_some(requests, moved.into_iter(), &mut outcomes).await;
+        for (request, outcome) in requests.iter().zip(&outcomes) {
+            let is_moving = outcome.as_ref().is_err_and(RedisError::is_slot_moving);
+            if is_moving && !self.lanes.moving().contains(request.shard) {
+                self.lanes.moving().notice(request.shard);
+            }
+        }
+        outcomes
+    }
+
+    async fn run_some(
         &self,
         requests: &[Request],
-    ) -> Result<Vec<Result<Vec<Value>, RedisError>>, RedisError> {
-        if requests.is_empty() {
-            return Ok(Vec::new());
-        }
-        let lane = &self.lane().await?;
-        if let [request] = requests {
-            return Ok(vec![self.run_one(lane, request, 0).await.1]);
-        }
-        // Collected before the stream is built: with the closure inside the stream the compiler cannot prove that the
-        // future may be sent to another thread.
-        let running: Vec<_> =
-            requests.iter().enumerate().map(|(at, request)| self.run_one(lane, request, at)).collect();
-        let mut running = stream::iter(running).buffer_unordered(MAX_PIPELINES);
-        let given_up = || Err(RedisError::unavailable("given up since another request has failed"));
-        let mut outcomes: Vec<_> = requests.iter().map(|_| given_up()).collect();
-        let (began, mut deadline) = (Instant::now(), None);
-        while let Some((at, outcome)) = next_before(&mut running, deadline).await {
-            if outcome.as_ref().is_err_and(|error| !error.is_slot_moving()) {
-                deadline = Some(began + self.limit + GRACE);
+        which: impl Iterator<Item = usize>,
+        outcomes: &mut [Result<Vec<Value>, RedisError>],
+    ) {
+        let mut which = which.peekable();
+        let Some(first) = which.peek().copied() else { return };
+        let map = match self.is_cluster() {
+            true => self.slot_map().await,
+            false => Ok(Arc::default()),
+        };
+        let map = match map {
+            Ok(map) => map,
+            Err(error) => return outcomes[first] = Err(error),
+        };
+        let mut by_node = BTreeMap::<Option<Address>, Vec<usize>>::new();
+        for at in which {
+            match self.place(&map, requests[at].shard) {
+                Ok(node) => by_node.entry(node).or_default().push(at),
+                Err(error) => outcomes[at] = Err(error),
             }
+        }
+        let running: Vec<_> =
+            by_node.into_iter().map(|(node, which)| Box::pin(self.run_on(node, requests, which))).collect();
+        for (at, outcome) in join_all(running).await.into_iter().flatten() {
             outcomes[at] = outcome;
         }
-        Ok(outcomes)
     }
 
-    async fn run_one(
+    /// The node to ask about a shard.
+    fn place(&self, map: &SlotMap, shard: Shard) -> Result<Option<Address>, RedisError> {
+        match shard {
+            Shard::Server => Ok(None),
+            Shard::Slot(_) if self.lanes.moving().contains(shard) => {
+                Err(RedisError::Unavailable(SlotIsMoving.into()))
+            }
+            Shard::Slot(slot) => self.owner(map, slot).map(Some),
+        }
+    }
+
+    /// Sends requests to one server, in steps. After the first that gets no answer the others are not tried.
+    async fn run_on(
         &self,
-        lane: &Lane,
-        request: &Request,
-        at: usize,
-    ) -> (usize, Result<Vec<Value>, RedisError>) {
-        if self.lanes.moving().contains(request.shard) {
-            return (at, Err(RedisError::Unavailable(SlotIsMoving.into())));
+        node: Option<Address>,
+        requests: &[Request],
+        which: Vec<usize>,
+    ) -> Vec<(usize, Result<Vec<Value>, RedisError>)> {
+        let mut outcomes = Vec::with_capacity(which.len());
+        for step in steps(&which, requests) {
+            match self.write(node.as_ref(), requests, &which[step.clone()]).await {
+                Ok(answers) => outcomes.extend(which[step].iter().copied().zip(answers)),
+                Err(error) => {
+                    outcomes.push((which[step.start], Err(error)));
+                    break;
+                }
+            }
         }
-        let answers = self.pipeline_on(lane, &request.pipeline).await;
-        if answers.as_ref().is_err_and(RedisError::is_slot_moving) {
-            self.lanes.moving().notice(request.shard);
-        }
-        (at, answers)
+        let given_up =
+            || Err(RedisError::unavailable("given up since another request to the server has failed"));
+        outcomes.extend(which[outcomes.len()..].iter().map(|at| (*at, given_up())).collect::<Vec<_>>());
+        outcomes
     }
 
-    /// As [`run_all`](Self::run_all) where every answer is a number and only their sum matters.
-    pub(super) async fn sum_all(&self, requests: &[Request]) -> Result<u64, RedisError> {
-        let answers = self.run_all(requests).await?;
-        answers.into_iter().flatten().map(read::<u64>).sum()
+    async fn write(
+        &self,
+        node: Option<&Address>,
+        requests: &[Request],
+        which: &[usize],
+    ) -> Result<Vec<Result<Vec<Value>, RedisError>>, RedisError> {
+        let lane = self.lanes.get(node, self.limit).await?;
+        let answers = match which {
+            [at] => self.pipeline_on(&lane, &requests[*at].pipeline).await?,
+            _ => self.pipeline_on(&lane, &joined(requests, which)).await?,
+        };
+        let mut answers = answers.into_iter();
+        let outcomes = which.iter().map(|at| {
+            let own: Vec<_> = answers.by_ref().take(requests[*at].pipeline.len()).collect();
+            own.into_iter().map(|answer| self.answer(&lane, answer)).collect()
+        });
+        Ok(outcomes.collect())
     }
+}
+
+/// Whether the server said that the slot is another's now.
+fn has_moved(outcome: &Result<Vec<Value>, RedisError>) -> bool {
+    outcome.as_ref().is_err_and(RedisError::is_slot_moved)
+}
+
+/// The requests of `which` in order, cut where a write has enough commands.
+fn steps(which: &[usize], requests: &[Request]) -> Vec<Range<usize>> {
+    let mut steps = Vec::new();
+    let (mut start, mut commands) = (0, 0);
+    for (nth, at) in which.iter().enumerate() {
+        let more = requests[*at].pipeline.len();
+        if nth > start && commands + more > COMMANDS_PER_WRITE {
+            steps.push(start..nth);
+            (start, commands) = (nth, 0);
+        }
+        commands += more;
+    }
+    if start < which.len() {
+        steps.push(start..which.len());
+    }
+    steps
+}
+
+fn joined(requests: &[Request], which: &[usize]) -> Pipeline {
+    let mut all = Pipeline::with_capacity(which.iter().map(|at| requests[*at].pipeline.len()).sum());
+    for at in which {
+        for command in requests[*at].pipeline.cmd_iter() {
+            all.add_command(command.clone());
+        }
+    }
+    all
 }
 
 /// Reads an answer of Redis.

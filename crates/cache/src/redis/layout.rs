@@ -6,10 +6,12 @@
 use std::collections::BTreeSet;
 
 use deadpool_redis::redis::Cmd;
+use futures::future::join_all;
 
 use super::Redis;
 use super::batch::read;
-use super::masters::{Address, Master};
+use super::masters::Master;
+use super::nodes::Address;
 use crate::RedisError;
 
 /// Fields of a node's line before its slots.
@@ -39,15 +41,15 @@ impl Redis {
         let mut ask = Cmd::new();
         ask.arg("CLUSTER").arg("NODES");
         let mut targets = BTreeSet::new();
-        for master in &layout.nodes {
-            // Only a node itself tells which of its slots are on their way.
-            let table: String = match self.query_to(master, &ask).await {
-                Err(RedisError::Refused { .. }) => {
-                    layout.may_move = true;
-                    continue;
-                }
-                table => read(table?)?,
+        // Only a node itself tells which of its slots are on their way.
+        let asked: Vec<_> = layout.nodes.iter().map(|master| Box::pin(self.query_to(master, &ask))).collect();
+        for table in join_all(asked).await {
+            // A node that does not answer may be moving slots; the search finds out why it does not.
+            let Ok(table) = table else {
+                layout.may_move = true;
+                continue;
             };
+            let table: String = read(table)?;
             let own = table.lines().find(|line| line.contains("myself")).unwrap_or_default();
             let slots: Vec<&str> = own.split_whitespace().skip(FIELDS_BEFORE_SLOTS).collect();
             layout.may_move |= slots.iter().any(|slot| slot.starts_with('['));
@@ -58,7 +60,7 @@ impl Redis {
         }
         for address in targets {
             if !layout.nodes.iter().any(|master| master.is_at(&address)) {
-                layout.nodes.push(Master::apart(address, &self.lanes).await?);
+                layout.nodes.push(Master::without_slots(address));
             }
         }
         Ok(layout)

@@ -3,39 +3,35 @@
 //! A key that is no longer at the source has to be asked for at the target, with `ASKING` before each command; a command
 //! or script on several keys is refused (`TRYAGAIN`) unless they are all at the same node. A resharding that was broken
 //! off leaves a slot like this for as long as nobody mends it. What an invalidation needs is then done with commands on
-//! one key each. They are sent one after the other on a connection of their own: the client sends `ASKING` by itself, and
-//! on a connection that others use, one of their requests would come in between and take its effect.
+//! one key each.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use deadpool_redis::redis::cluster_async::ClusterConnection;
-use deadpool_redis::redis::{Arg, Cmd, ErrorKind, FromRedisValue, Pipeline, Value};
+use deadpool_redis::redis::{Arg, Cmd, Pipeline, Value};
 
-use super::batch::read;
+use super::Redis;
 use super::marks::NAMES_PER_KEY;
-use super::{Redis, within};
 use crate::RedisError;
 use crate::names::Shard;
 use crate::script::{APPLY, MARK, REGISTER, Script};
 
-/// For so long after a refusal requests on several keys of a slot are not tried again: each would be repeated by the
-/// client, with pauses, before it fails.
+/// For so long after a refusal requests on several keys of a slot are not tried again: each would cost a round trip only to
+/// be refused once more.
 const MOVES_FOR: Duration = Duration::from_secs(1);
 
 /// How often to say that a slot is still moving.
 const SAY_AGAIN: Duration = Duration::from_mins(1);
 
-/// The slots that are known to be moving, and the connection for them.
+/// The slots that are known to be moving.
 #[derive(Default)]
 pub(super) struct Moving {
     /// When each was last seen moving, and last spoken of.
     seen: Mutex<HashMap<u16, Seen>>,
     /// Their number, so that a cluster without any costs no lock.
     count: AtomicUsize,
-    connection: tokio::sync::Mutex<Option<ClusterConnection>>,
 }
 
 struct Seen {
@@ -90,43 +86,15 @@ impl Redis {
 
     async fn query_in_parts(&self, command: &Cmd) -> Result<Value, RedisError> {
         match Parts::of(command)? {
-            Parts::Whole(command) => self.query_alone(&command).await,
+            Parts::Whole(command) => self.query(&command).await,
             Parts::Several { commands, answer } => {
                 let mut sum = 0;
                 for command in &commands {
-                    sum += read::<i64>(self.query_alone(command).await?)?;
+                    sum += self.query::<i64>(command).await?;
                 }
                 Ok(Value::Int(answer.unwrap_or(sum)))
             }
         }
-    }
-
-    /// Runs a command on one key, wherever that is.
-    pub(super) async fn query_one_key<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, RedisError> {
-        match self.query(command).await {
-            Err(error) if error.is_slot_moving() && self.is_cluster() => {
-                read(self.query_alone(command).await?)
-            }
-            answer => answer,
-        }
-    }
-
-    /// One command on one key, while nobody else uses the connection.
-    async fn query_alone(&self, command: &Cmd) -> Result<Value, RedisError> {
-        let mut place = self.lanes.moving().connection.lock().await;
-        let connection = match &mut *place {
-            Some(connection) => connection,
-            empty => empty.insert(self.lanes.dial_cluster().await?),
-        };
-        // A limit that passes leaves nothing behind: an `ASKING` without its command is spent by the next one, which
-        // has come to that node for a good reason.
-        let answer = within(self.limit, command.query_async(connection)).await;
-        if let Err(error) = &answer
-            && matches!(error.kind(), ErrorKind::Io | ErrorKind::Parse | ErrorKind::ClusterConnectionNotFound)
-        {
-            *place = None;
-        }
-        Ok(answer?)
     }
 }
 

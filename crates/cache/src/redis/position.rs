@@ -12,7 +12,7 @@ impl Redis {
     pub async fn load_position(&self, durable: &str) -> Result<Option<Vec<u8>>, RedisError> {
         let mut get = Cmd::new();
         get.arg("GET").arg(names::position(durable));
-        self.query_one_key(&get).await
+        self.query(&get).await
     }
 
     /// Stores how far the subscriber `durable` has come, without a TTL.
@@ -22,7 +22,7 @@ impl Redis {
     pub async fn store_position(&self, durable: &str, record: &[u8]) -> Result<(), RedisError> {
         let mut set = Cmd::new();
         set.arg("SET").arg(names::position(durable)).arg(record);
-        self.query_one_key(&set).await
+        self.query(&set).await
     }
 
     /// Loads the id under which the subscriber `durable` knows this cache. The id is part of the data: a promoted replica
@@ -33,7 +33,7 @@ impl Redis {
     pub async fn load_identity(&self, durable: &str) -> Result<Option<String>, RedisError> {
         let mut get = Cmd::new();
         get.arg("GET").arg(names::identity(durable));
-        self.query_one_key(&get).await
+        self.query(&get).await
     }
 
     /// Stores `id` as the id of this cache unless it has one, and returns the id that counts.
@@ -43,7 +43,7 @@ impl Redis {
     pub async fn keep_identity(&self, durable: &str, id: &str) -> Result<String, RedisError> {
         let mut set = Cmd::new();
         set.arg("SET").arg(names::identity(durable)).arg(id).arg("NX");
-        self.query_one_key::<Value>(&set).await?;
+        self.query::<Value>(&set).await?;
         self.load_identity(durable).await?.ok_or_else(|| RedisError::unavailable("Redis did not keep the id"))
     }
 

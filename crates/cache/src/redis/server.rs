@@ -8,6 +8,7 @@ use futures::future::join_all;
 
 use super::Redis;
 use super::batch::read;
+use super::masters::Master;
 use crate::RedisError;
 
 /// A `maxmemory-policy` that never evicts a key without a TTL, so never a mark.
@@ -54,39 +55,79 @@ impl Instance {
 }
 
 /// All masters at one moment.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Masters {
     /// Each of them.
     pub instances: BTreeSet<Instance>,
     /// A `maxmemory-policy` among theirs under which marks may be evicted, if there is one.
     pub evicts_marks: Option<String>,
+    /// Host and port of every master of a cluster; nothing for a single server.
+    pub nodes: BTreeSet<String>,
+    /// Masters of a cluster that did not answer. The others work.
+    pub unreachable: Vec<Unreachable>,
+}
+
+/// A master of a cluster that did not answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unreachable {
+    /// Host and port.
+    pub node: String,
+    /// Why, for people.
+    pub cause: String,
 }
 
 impl Redis {
     /// Every master; see [`Masters::instances`].
     ///
     /// # Errors
-    /// Any [`RedisError`]; [`RedisError::Unavailable`] too if what answers is a replica by now.
+    /// Any [`RedisError`]; [`RedisError::Unavailable`] too if what answers is a replica by now, or one does not answer.
     pub async fn instances(&self) -> Result<BTreeSet<Instance>, RedisError> {
-        Ok(self.look_at_masters().await?.instances)
+        let masters = self.look_at_masters().await?;
+        match masters.unreachable.into_iter().next() {
+            Some(Unreachable { node, cause }) => {
+                Err(RedisError::Unavailable(format!("{node}: {cause}").into()))
+            }
+            None => Ok(masters.instances),
+        }
     }
 
-    /// What must be watched of the masters, by one `INFO` each.
+    /// What must be watched of the masters, by one `INFO` each. Masters of a cluster that do not answer are named.
     ///
     /// # Errors
-    /// As [`instances`](Self::instances).
+    /// Any [`RedisError`] if none answers.
     pub async fn look_at_masters(&self) -> Result<Masters, RedisError> {
-        let mut masters = Masters { instances: BTreeSet::new(), evicts_marks: None };
-        for info in self.infos().await? {
-            if info_field(&info, "role").is_some_and(|role| role != "master") {
-                self.lanes.give_up_all();
-                return Err(RedisError::unavailable("the server has become a replica"));
-            }
-            masters.instances.insert(Instance::read(&info)?);
-            let policy = info_field(&info, "maxmemory_policy").filter(|policy| evicts_marks(policy));
-            masters.evicts_marks = masters.evicts_marks.or(policy.map(str::to_owned));
+        let mut info = Cmd::new();
+        info.arg("INFO");
+        let nodes = self.masters().await?;
+        let asked: Vec<_> = nodes.iter().map(|node| Box::pin(self.query_to(node, &info))).collect();
+        let mut masters = Masters::default();
+        if self.is_cluster() {
+            masters.nodes = nodes.iter().map(Master::name).collect();
         }
-        Ok(masters)
+        let mut failure = None;
+        for (node, answer) in nodes.iter().zip(join_all(asked).await) {
+            if let Err(error) = answer.and_then(read).and_then(|info: String| self.note(&info, &mut masters))
+            {
+                masters.unreachable.push(Unreachable { node: node.name(), cause: error.to_string() });
+                failure = failure.or(Some(error));
+            }
+        }
+        match failure {
+            Some(error) if masters.instances.is_empty() => Err(error),
+            _ => Ok(masters),
+        }
+    }
+
+    /// Adds what one server says.
+    fn note(&self, info: &str, masters: &mut Masters) -> Result<(), RedisError> {
+        if info_field(info, "role").is_some_and(|role| role != "master") {
+            self.lanes.give_up_all();
+            return Err(RedisError::unavailable("the server has become a replica"));
+        }
+        masters.instances.insert(Instance::read(info)?);
+        let policy = info_field(info, "maxmemory_policy").filter(|policy| evicts_marks(policy));
+        masters.evicts_marks = masters.evicts_marks.take().or(policy.map(str::to_owned));
+        Ok(())
     }
 
     /// Asks every master for a sign of life, all at once, and tells by name which of them gave one.
@@ -98,7 +139,7 @@ impl Redis {
         let asked = masters.iter().map(async |master| {
             let mut ping = Cmd::new();
             ping.arg("PING");
-            (master.name(), self.query_to(master, &ping).await.is_ok())
+            (master.label(), self.query_to(master, &ping).await.is_ok())
         });
         Ok(join_all(asked).await)
     }

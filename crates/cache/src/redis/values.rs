@@ -7,10 +7,13 @@ use event::CacheKey;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 
 use super::Redis;
-use super::batch::{MAX_PIPELINES, Request, read};
+use super::batch::{Request, read, requests};
 use super::lease::MAX_STALE;
 use crate::RedisError;
 use crate::names::{marks, stale};
+
+/// Most reads in flight at once of keys that have to be read one by one.
+const MAX_SINGLE_READS: usize = 256;
 
 /// What stands at a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,24 +47,34 @@ impl Redis {
 
     /// One `MGET`, in a cluster one per slot. A value of the wrong type counts as absent.
     pub(crate) async fn get_many(&self, keys: &[&CacheKey]) -> Result<Vec<Option<Vec<u8>>>, RedisError> {
-        match self.get_together(keys).await {
-            Err(error) if error.is_slot_moving() => {
-                // Its keys are not all at one node.
-                let each: Vec<_> = keys.iter().map(|key| self.get(key)).collect();
-                let found = stream::iter(each).buffered(MAX_PIPELINES).try_collect::<Vec<_>>().await?;
-                Ok(found.into_iter().map(Found::value).collect())
+        let groups = self.group(keys.iter().enumerate(), |(_, key)| key.as_str().as_bytes());
+        let requests = requests(&groups, |group| {
+            let mut pipeline = Pipeline::with_capacity(1);
+            pipeline.cmd("MGET");
+            for (_, key) in &group.items {
+                pipeline.arg(key.as_str());
             }
-            found => found,
+            pipeline
+        });
+        let mut values = vec![None; keys.len()];
+        for (group, answers) in groups.iter().zip(self.run_each(&requests).await) {
+            let found = match answers {
+                Ok(answers) => read(answers.into_iter().next().unwrap_or(Value::Nil))?,
+                Err(error) if error.is_slot_moving() => self.get_one_by_one(&group.items).await?,
+                Err(error) => return Err(error),
+            };
+            for ((at, _), value) in group.items.iter().zip(found) {
+                values[*at] = value;
+            }
         }
+        Ok(values)
     }
 
-    async fn get_together(&self, keys: &[&CacheKey]) -> Result<Vec<Option<Vec<u8>>>, RedisError> {
-        let mut get = Cmd::new();
-        get.arg("MGET");
-        for key in keys {
-            get.arg(key.as_str());
-        }
-        self.query(&get).await
+    /// For keys that are not all at one node.
+    async fn get_one_by_one(&self, keys: &[(usize, &&CacheKey)]) -> Result<Vec<Option<Vec<u8>>>, RedisError> {
+        let each: Vec<_> = keys.iter().map(|(_, key)| self.get(key)).collect();
+        let found = stream::iter(each).buffered(MAX_SINGLE_READS).try_collect::<Vec<_>>().await?;
+        Ok(found.into_iter().map(Found::value).collect())
     }
 
     /// The stale copy of a value that was invalidated, or has expired, at most `longest` ago, unless the key is marked.
@@ -74,7 +87,7 @@ impl Redis {
         let mut pipeline = Pipeline::with_capacity(3);
         pipeline.cmd("EXISTS").arg(marks(key)).cmd("PTTL").arg(stale(key)).cmd("GET").arg(stale(key));
         let request = Request { shard: self.shard_of(key), pipeline };
-        let answers = match self.run_each(&[request]).await?.pop() {
+        let answers = match self.run_each(&[request]).await.pop() {
             Some(Err(error)) if error.is_slot_moving() => return Ok(None),
             answers => answers.unwrap_or(Ok(Vec::new()))?,
         };

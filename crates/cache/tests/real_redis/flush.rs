@@ -100,3 +100,47 @@ async fn a_fill_in_flight_while_its_namespace_is_invalidated_is_refused() {
         assert!(bed.fill(&key, &lease, "from after it").await, "{text}");
     }
 }
+
+/// A lease that is granted before the search and filled while it runs is found either as a lease or as a value.
+#[tokio::test]
+async fn leases_are_searched_for_before_values() {
+    let bed = Bed::new().await;
+    bed.raw(&["CONFIG", "SET", "slowlog-max-len", "1000"]).await;
+    bed.raw(&["CONFIG", "SET", "slowlog-log-slower-than", "0"]).await;
+    for by_namespace in [false, true] {
+        bed.raw(&["SLOWLOG", "RESET"]).await;
+        match by_namespace {
+            true => {
+                let namespace = committed(&[&key("user:")], Change::Namespace, &[7]);
+                bed.redis.apply(&work([namespace])).await.map(drop).unwrap();
+            }
+            false => bed.redis.delete_matching(&["user:*".to_owned()]).await.map(drop).unwrap(),
+        }
+        // The latest first.
+        let log = bed.raw(&["SLOWLOG", "GET", "1000"]).await;
+        let patterns: Vec<&str> =
+            log.lines().filter(|line| line.ends_with("user:*") || line.ends_with("user:**")).collect();
+        assert_eq!(patterns, ["user:*", "\u{1f}[gs][:{]*user:**"]);
+    }
+}
+
+#[tokio::test]
+async fn many_namespaces_cost_one_search() {
+    let bed = Bed::new().await;
+    for n in 0..3_000 {
+        bed.raw(&["SET", &format!("n{}:{n}", n % 30), "v"]).await;
+    }
+    let searches = async || {
+        let stats = bed.raw(&["INFO", "commandstats"]).await;
+        let scan = stats.lines().find_map(|line| line.strip_prefix("cmdstat_scan:calls=")).unwrap_or("0,");
+        scan.split(',').next().unwrap().parse::<u64>().unwrap()
+    };
+    let names: Vec<_> = (0..20).map(|n| key(&format!("n{n}:"))).collect();
+    let namespaces = committed(&names.iter().collect::<Vec<_>>(), Change::Namespace, &[7]);
+    assert_eq!(bed.redis.apply(&work([namespaces])).await.unwrap().deleted, 2_000);
+    let twenty = searches().await;
+    let namespace = committed(&[&key("n20:")], Change::Namespace, &[7]);
+    assert_eq!(bed.redis.apply(&work([namespace])).await.unwrap().deleted, 100);
+    let one = searches().await - twenty;
+    assert!(twenty <= one * 3, "{twenty} steps for twenty namespaces, {one} for one");
+}

@@ -302,7 +302,9 @@ async fn marks_can_be_set_and_removed_in_a_moving_slot_and_move_with_it() {
         assert!(orphans.contains(&(key.clone(), 5)) && orphans.contains(&(key.clone(), 7)));
 
         // One mark goes while the slot moves, the other afterwards.
-        assert_eq!(redis.unmark(&keys, mark(7)).await.unwrap(), keys.len() as u64);
+        // A mark that the first attempt has removed before the slot was found to be moving is not counted.
+        let removed = redis.unmark(&keys, mark(7)).await.unwrap();
+        assert!([0, 1].contains(&(keys.len() as u64 - removed)), "{removed}");
         moving.finish().await;
         let acquire = async || redis.acquire(&key, LeaseToken::generate(), MINUTE, false).await.unwrap();
         assert_eq!(acquire().await, Acquired::Bypass);
