@@ -13,6 +13,7 @@ mod latency;
 pub mod numbers;
 pub mod percentiles;
 mod plain;
+mod prefixes;
 mod readme;
 mod surroundings;
 mod triggers;
@@ -72,6 +73,8 @@ enum Bench {
     Capture,
     /// Change events of Debezium, from JetStream to deletion
     Debezium,
+    /// Single keys while the cache is searched for namespaces
+    Prefixes,
 }
 
 /// How much to measure.
@@ -128,6 +131,7 @@ async fn measure(
             Bench::Cache => cache::measure(scale).await?,
             Bench::Capture => capture::measure(programs, scale).await?,
             Bench::Debezium => debezium::measure(programs, scale).await?,
+            Bench::Prefixes => prefixes::measure(programs, scale).await?,
         });
     }
     Ok((surroundings, figures))
