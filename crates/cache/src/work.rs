@@ -152,7 +152,8 @@ impl Work {
             PER_KEY + item.key.len() + item.update.as_ref().map_or(0, |update| update.value.len())
         };
         let namespaces = self.namespaces.iter().map(|namespace| PER_KEY + namespace.as_str().len());
-        self.items.iter().map(of).chain(namespaces).sum::<usize>() + self.transactions.len() * size_of::<TransactionId>()
+        self.items.iter().map(of).chain(namespaces).sum::<usize>()
+            + self.transactions.len() * size_of::<TransactionId>()
     }
 
     /// Beginnings of keys of which every one is invalidated.
@@ -271,7 +272,8 @@ mod tests {
                 .map(|item| (item.key.to_string(), item.update.as_ref().map(|update| update.version)))
                 .collect();
             asked.sort();
-            let transactions = work.transactions().map(|(key, transaction)| (key.to_owned(), transaction.xid));
+            let transactions =
+                work.transactions().map(|(key, transaction)| (key.to_owned(), transaction.xid));
             let mut transactions: Vec<_> = transactions.collect();
             transactions.sort();
             (asked, transactions)

@@ -113,6 +113,7 @@ async fn status(
     }
     let look = broker::look(jetstream, &mut stream, durable).await;
     let Look { seen, pending, consumer, .. } = look.map_err(|error| anyhow::anyhow!(error))?;
+    println!("subscriber    {}", running(config).await);
     let record = redis.load_position(durable).await;
     println!("stream        {STREAM}, sequences {} to {}", seen.first_seq, seen.last_seq);
     println!(
@@ -170,6 +171,14 @@ async fn show_owner(redis: &Redis, consumer: &Info, config: &Config) {
     let differences = consumer.differences(config);
     if !differences.is_empty() {
         println!("options       {differences}");
+    }
+}
+
+/// What the running subscriber says of itself, with the keys that it may not touch and the nodes that do not answer.
+async fn running(config: &Config) -> String {
+    match service::http::ask_ready(config.http_addr).await {
+        Ok(_) => "ready".to_owned(),
+        Err(error) => Report::of(&error).to_string(),
     }
 }
 

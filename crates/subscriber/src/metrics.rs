@@ -23,7 +23,7 @@ metrics! {
     describe_counter MESSAGES = "subscriber_messages_total", Count, "Messages settled, by result: applied or dead_letter";
     describe_counter EVENTS_APPLIED = "subscriber_events_applied_total", Count, "Events of applied messages";
     describe_counter KEYS_INVALIDATED = "subscriber_keys_invalidated_total", Count, "Distinct keys per batch that were invalidated or updated";
-    describe_counter NAMESPACES_INVALIDATED = "subscriber_namespaces_invalidated_total", Count, "Distinct namespaces per batch: every key that begins so was invalidated";
+    describe_counter NAMESPACES_INVALIDATED = "subscriber_namespaces_invalidated_total", Count, "Distinct namespaces per search: every key that begins so was invalidated";
     describe_counter KEYS_PRESENT = "subscriber_keys_present_total", Count, "Names removed for them: values and guards that existed";
     describe_counter UPDATES = "subscriber_updates_total", Count, "Versioned updates, by outcome: replaced or ignored";
     describe_counter REDELIVERIES = "subscriber_redeliveries_total", Count, "Messages that had been delivered before";
@@ -47,8 +47,13 @@ metrics! {
     describe_gauge MARKS_EVICTABLE = "subscriber_marks_evictable", Count, "1 while the maxmemory-policy of Redis could evict marks, so that strict writes are not safe";
     describe_gauge PENDING = "subscriber_pending_messages", Count, "Messages in the stream that were not delivered yet";
     describe_gauge ACK_PENDING = "subscriber_ack_pending_messages", Count, "Messages that were delivered but not acknowledged";
+    describe_gauge HELD_MESSAGES = "subscriber_held_messages", Count, "Messages that are done in part: the rest waits for a node of a Redis Cluster, for rights or for a search for namespaces";
+    describe_gauge REFUSED_KEYS = "subscriber_refused_keys", Count, "Keys to be invalidated that the user of Redis may not touch";
+    describe_gauge WAITING_NAMESPACES = "subscriber_waiting_namespaces", Count, "Namespaces to be invalidated for which the cache is being searched, or will be";
+    describe_histogram NAMESPACE_SEARCH_TIME = "subscriber_namespace_search_seconds", Seconds, "Time of a search of the cache for namespaces";
     describe_gauge NATS_CONNECTED = "subscriber_nats_connected", Count, "1 while NATS is connected";
-    describe_gauge REDIS_UP = "subscriber_redis_up", Count, "1 while Redis answers";
+    describe_gauge REDIS_UP = "subscriber_redis_up", Count, "1 while Redis answers, in a cluster every master";
+    describe_gauge REDIS_NODE_UP = "subscriber_redis_node_up", Count, "By master of a Redis Cluster (node): 1 while it answers; not a number once it is no master any more";
     describe_histogram APPLY_TIME = "subscriber_apply_seconds", Seconds, "Time for Redis to apply a batch";
     describe_histogram ENQUEUE_TO_DELETE = "subscriber_enqueue_to_delete_seconds", Seconds, "From enqueue of the oldest event of a message until Redis applied it";
 }
@@ -70,7 +75,9 @@ pub fn start_at_zero() {
     for name in plain {
         counter!(name).increment(0);
     }
-    gauge!(HALTED).set(0.0);
+    for name in [HALTED, HELD_MESSAGES, REFUSED_KEYS, WAITING_NAMESPACES] {
+        gauge!(name).set(0.0);
+    }
     for result in ["applied", "dead_letter"] {
         counter!(MESSAGES, "result" => result).increment(0);
     }

@@ -111,6 +111,11 @@ impl Position {
         self.instances = instances.iter().map(name).collect();
     }
 
+    /// Records that the data of these servers is good too.
+    pub fn trust_also(&mut self, instances: &BTreeSet<Instance>) {
+        self.instances.extend(instances.iter().map(name));
+    }
+
     /// Returns true if this record was stored before `newer`, about the same stream.
     #[must_use]
     pub fn is_behind(&self, newer: &Self) -> bool {

@@ -1,5 +1,6 @@
 //! Applying a part of the stream once more, beside normal delivery.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull};
@@ -95,13 +96,15 @@ impl Replay<'_> {
         let mut cursor = Cursor { delivered: 0, pending: consumer.cached_info().num_pending };
         let mut empty = 0;
         let mut work = Work::new();
+        let mut namespaces = BTreeSet::new();
         while cursor.pending > 0 {
             (self.progress)();
             let before = cursor.delivered;
             self.fetch(&consumer, &mut cursor, last_seq, &mut work).await?;
             if cursor.delivered > before {
                 empty = 0;
-                self.apply(&work).await?;
+                namespaces.append(&mut work.take_namespaces());
+                self.tolerate_refusal(self.patient().apply(&work)).await?;
                 work.clear();
                 counter!(names::REPLAYED).increment(cursor.delivered - before);
                 continue;
@@ -112,6 +115,10 @@ impl Replay<'_> {
             if cursor.pending > 0 && empty >= MAX_EMPTY_FETCHES {
                 return Err(ReplayError::Stuck { pending: cursor.pending });
             }
+        }
+        // Events commute, so one search of the cache does for the namespaces of all.
+        if !namespaces.is_empty() {
+            self.tolerate_refusal(self.patient().delete_namespaces(&namespaces)).await?;
         }
         if let Err(error) = self.stream.delete_consumer(&consumer.cached_info().name).await {
             tracing::debug!(error = %Report::of(&error), "could not delete the consumer of a replay; it disappears by itself");
@@ -173,11 +180,17 @@ impl Replay<'_> {
         Ok(())
     }
 
-    async fn apply(&self, work: &Work) -> Result<(), ReplayError> {
-        // A failure costs the whole replay, so Redis is given more time than elsewhere.
-        let redis = self.redis.after_failures(REPLAY_PATIENCE);
-        match with_progress(self.progress, redis.apply(work)).await {
-            // The message comes again until somebody has widened the rights; the others need not wait for that.
+    /// A failure costs the whole replay, so Redis is given more time than elsewhere.
+    fn patient(&self) -> Redis {
+        self.redis.after_failures(REPLAY_PATIENCE)
+    }
+
+    /// What is refused comes again by normal delivery until somebody has widened the rights; the rest need not wait for that.
+    async fn tolerate_refusal<T>(
+        &self,
+        applying: impl Future<Output = Result<T, RedisError>>,
+    ) -> Result<(), ReplayError> {
+        match with_progress(self.progress, applying).await {
             Err(error @ RedisError::KeysRefused { .. }) => {
                 counter!(names::REDIS_FAILURES).increment(1);
                 tracing::warn!(error = %Report::of(&error), "the replay leaves out what is refused");

@@ -6,13 +6,16 @@ use async_nats::jetstream;
 use cache::Redis;
 use service::nats::{Nats, NatsError};
 use service::{Health, HttpServer, Limits, Metrics, Patience, Report, Shutdown, drain};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio_util::task::TaskTracker;
 
 use crate::broker::BrokerError;
 use crate::dead::DeadLetters;
 use crate::debezium::Debezium;
 use crate::heartbeat::{Heartbeats, Pulse};
+use crate::held::{Room, StreamBegin};
+use crate::leftover::Leftover;
+use crate::namespaces::Namespaces;
 use crate::supervisor::Supervisor;
 use crate::worker::{self, Shared};
 use crate::{Config, broker, credentials, debezium, resolver};
@@ -49,11 +52,20 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
 
     let heartbeats = Heartbeats::new();
     let (consumer_sender, consumer) = watch::channel(None);
+    let (stream_sender, stream) = watch::channel(StreamBegin::default());
+    let (leftover, arrivals) = mpsc::unbounded_channel();
+    let (down_sender, down) = watch::channel(Arc::default());
+    let (namespaces, requests) = mpsc::unbounded_channel();
     let shared = Arc::new(Shared {
         redis: redis.clone(),
         dead: DeadLetters::new(jetstream.clone(), &config),
         consumer,
         heartbeats: heartbeats.clone(),
+        leftover,
+        down,
+        namespaces,
+        room: Room::default(),
+        stream: stream.clone(),
         max_payload: nats.client.server_info().max_payload,
         config: config.clone(),
     });
@@ -61,6 +73,11 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     for _ in 0..config.workers {
         tasks.spawn(worker::run(Arc::clone(&shared), health.component("apply", limits), shutdown.clone()));
     }
+    let keep_alive_every = config.ack_wait / 3;
+    let leftover = Leftover { redis: redis.clone(), arrivals, down: down_sender, stream, keep_alive_every };
+    tasks.spawn(leftover.run(health.component("leftover keys", limits), shutdown.clone()));
+    let namespaces = Namespaces { redis: redis.clone(), requests };
+    tasks.spawn(namespaces.run(health.component("namespaces", limits), shutdown.clone()));
     if let Some(debezium) = debezium {
         tasks.spawn(debezium.run(health.clone(), limits, shutdown.clone()));
     }
@@ -79,6 +96,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         jetstream,
         redis,
         consumer: consumer_sender,
+        stream: stream_sender,
         config: config.clone(),
     };
     let mut watch = tokio::spawn(supervisor.run(watching, shutdown.clone()));

@@ -3,6 +3,7 @@
 mod consumer;
 mod gap;
 mod holes;
+mod nodes;
 mod ownership;
 mod record;
 mod restart;
@@ -24,11 +25,13 @@ use tokio::time::Instant;
 use crate::Config;
 use crate::broker::BrokerError;
 use crate::durable::{Differences, Info};
+use crate::held::StreamBegin;
 use crate::metrics as names;
 use crate::position::Position;
 use crate::replay::ReplayError;
 
 use gap::Halt;
+use nodes::Nodes;
 use ownership::{Doubt, OwnershipError};
 
 /// How often Redis and the stream are looked at.
@@ -55,6 +58,8 @@ pub struct Supervisor {
     pub redis: Redis,
     /// Where the workers learn of the consumer.
     pub consumer: watch::Sender<Option<PullConsumer>>,
+    /// Where those learn that messages have expired who hold some.
+    pub stream: watch::Sender<StreamBegin>,
     /// Options.
     pub config: Config,
 }
@@ -99,6 +104,8 @@ struct Memory {
     said: SaidLately,
     /// The policy under which Redis may evict marks, while it may.
     evicts_marks: Option<String>,
+    /// The masters of a cluster that were seen.
+    nodes: Nodes,
 }
 
 /// Where a replay begins.
@@ -120,6 +127,8 @@ enum LookError {
     Stream(#[source] JetStreamError),
     #[error("Redis does not answer")]
     Redis(#[from] cache::RedisError),
+    #[error("a node of the Redis Cluster does not answer ({0}); what belongs to other nodes goes on")]
+    Partial(String),
     #[error(
         "Redis is full (maxmemory) and has no record yet of what this cache has applied; nothing is consumed before it has, \
          as a gap could not be noticed later: make room"
@@ -183,8 +192,9 @@ impl Supervisor {
     /// no position is stored in a Redis that may have lost data.
     async fn look(&self, memory: &mut Memory, health: &Component) -> Result<(), LookError> {
         let masters = self.redis.look_at_masters().await?;
-        gauge!(names::REDIS_UP).set(1.0);
-        note_evictions(masters.evicts_marks, memory);
+        let missing = memory.nodes.note(&masters);
+        gauge!(names::REDIS_UP).set(if missing.is_some() { 0.0 } else { 1.0 });
+        note_evictions(masters.evicts_marks.clone(), memory);
         let is_watched = memory.looked_at_redis.is_some_and(|looked| looked.elapsed() < WATCHED);
         memory.looked_at_redis = Some(Instant::now());
         self.reread(&masters.instances, is_watched, memory).await?;
@@ -211,14 +221,16 @@ impl Supervisor {
         }
         let position = memory.position.clone().unwrap_or_default();
         let seen = self.judge(memory, &position, seen, health).await?;
-        self.judge_redis(memory, &masters.instances, is_watched, seen, health).await?;
+        let begin = StreamBegin { created_us: seen.stream_created_us, first_seq: seen.first_seq };
+        self.stream.send_replace(begin);
+        self.judge_redis(memory, &masters, is_watched, seen, health).await?;
         self.advance(memory, seen).await?;
         if let Some((_, consumer)) = &memory.handles
             && self.consumer.borrow().is_none()
         {
             self.consumer.send_replace(Some(consumer.clone()));
         }
-        Ok(())
+        missing.map_or(Ok(()), |missing| Err(LookError::Partial(missing)))
     }
 
     /// Who has Debezium's events to apply does not need a relay. A stream that was there before is missed all the same.
@@ -234,7 +246,7 @@ fn note(error: &LookError, memory: &mut Memory, health: &Component) {
     }
     health.not_ready(report);
     match error {
-        LookError::Redis(_) | LookError::Full(_) => {}
+        LookError::Redis(_) | LookError::Partial(_) | LookError::Full(_) => {}
         // Consumer or stream may be gone: look for them anew.
         _ => memory.handles = None,
     }

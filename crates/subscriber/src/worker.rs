@@ -1,23 +1,26 @@
 //! The loop that applies events: fetch, invalidate, acknowledge.
 
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::consumer::PullConsumer;
 use async_nats::jetstream::consumer::pull::{self, MessagesErrorKind};
 use async_nats::jetstream::{AckKind, Message};
-use cache::{Applied, Redis, RedisError, Work};
+use cache::{Outcome, Redis, RedisError, Undone, Work};
 use event::{Envelope, Traceparent};
 use futures::{FutureExt, StreamExt};
 use metrics::{counter, gauge, histogram};
 use service::{Backoff, Component, Report, SaidLately, Shutdown, failpoint, trace};
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tracing::Span;
 
 use crate::dead::{self, DeadLetters};
 use crate::heartbeat::{self, Heartbeats};
+use crate::held::{self, Account, Held, Room, StreamBegin};
+use crate::leftover::{Arrival, Cause, Down};
 use crate::metrics as names;
-use crate::{Config, FAILPOINTS};
+use crate::{Config, FAILPOINTS, namespaces};
 
 /// Most messages asked for at once, and so most that wait in memory.
 const FETCH_MESSAGES: usize = 64;
@@ -38,7 +41,10 @@ const FETCH_HEARTBEAT: Duration = Duration::from_secs(5);
 /// A fetch that NATS has not refused for so long is a good one.
 const GOOD_FETCH: Duration = Duration::from_millis(500);
 
-/// After so long a message comes again of which Redis has refused a key.
+/// How long a node of a cluster may take to answer before its keys are left to others.
+const FIRST_ATTEMPT: Duration = Duration::from_millis(500);
+
+/// After so long keys are tried again that the user of Redis may not touch.
 pub(crate) const REFUSED_PAUSE: Duration = Duration::from_secs(10);
 
 /// Pauses after a failure of Redis or NATS.
@@ -56,6 +62,16 @@ pub struct Shared {
     pub consumer: watch::Receiver<Option<PullConsumer>>,
     /// Where the heartbeats of applied batches go.
     pub heartbeats: Heartbeats,
+    /// Where keys go that cannot be invalidated with the rest of their message.
+    pub leftover: mpsc::UnboundedSender<Arrival>,
+    /// Nodes of a cluster that are known not to answer, and why.
+    pub down: watch::Receiver<Arc<Down>>,
+    /// Where namespaces go.
+    pub namespaces: mpsc::UnboundedSender<namespaces::Request>,
+    /// Memory for messages that are done in part.
+    pub room: Room,
+    /// Where the stream begins.
+    pub stream: watch::Receiver<StreamBegin>,
     /// Options.
     pub config: Config,
     /// Largest message the broker delivers, in bytes.
@@ -66,15 +82,12 @@ pub struct Shared {
 #[derive(Default)]
 struct Batch {
     messages: Vec<Message>,
+    /// One per message.
+    accounts: Vec<Account>,
     work: Work,
-    events: u64,
-    /// Enqueue time of the oldest event of each message.
-    oldest_us: Vec<i64>,
     bytes: usize,
     /// When the newest heartbeat among the messages was sent.
     heartbeat_us: Option<i64>,
-    /// Spans of traced messages; each lasts until its message is acknowledged.
-    spans: Vec<Span>,
 }
 
 /// Applies messages until shutdown is requested, then finishes the batch in hand.
@@ -189,10 +202,12 @@ impl Batch {
     fn add(&mut self, message: Message, envelope: &Envelope) {
         self.bytes += message.payload.len();
         self.heartbeat_us = self.heartbeat_us.max(heartbeat::sent_us(message.headers.as_ref()));
-        self.events += envelope.events.len() as u64;
         envelope.events.iter().for_each(|event| self.work.add(event));
-        self.oldest_us.extend(envelope.events.iter().map(|event| event.at_us).min());
-        self.spans.extend(spans(&message, envelope));
+        self.accounts.push(Account {
+            events: envelope.events.len() as u64,
+            oldest_us: envelope.events.iter().map(|event| event.at_us).min(),
+            spans: spans(&message, envelope),
+        });
         self.messages.push(message);
     }
 }
@@ -241,42 +256,92 @@ impl Shared {
         }
     }
 
-    /// Applies a batch, for as long as it takes, and acknowledges it. Given up on shutdown: the messages are then delivered
-    /// to somebody else. Messages with keys that the user of Redis may not touch come again later, and hold up nobody.
-    async fn settle(&self, batch: Batch, health: &Component, shutdown: &Shutdown) {
+    /// Applies a batch and acknowledges it. What a node of a cluster does not take now, or the user of Redis may not touch,
+    /// is left to [`Leftover`](crate::leftover::Leftover), and namespaces to [`Namespaces`](crate::namespaces::Namespaces);
+    /// they acknowledge the messages concerned. One server that does not answer is waited for here. Given up on shutdown:
+    /// the messages are then delivered to somebody else.
+    async fn settle(&self, mut batch: Batch, health: &Component, shutdown: &Shutdown) {
+        let has_namespaces = !batch.work.take_namespaces().is_empty();
+        let mut left = self.avoid(&mut batch.work);
+        let Some(outcome) = self.apply_for_long(&mut batch, health, shutdown).await else { return };
+        left.extend(outcome.undone.into_iter().map(Left::from));
+        failpoint::hit(FAILPOINTS[0]).await;
+        if left.is_empty() && !has_namespaces {
+            for (message, account) in batch.messages.iter().zip(&batch.accounts) {
+                acknowledge(message).await;
+                account.count();
+            }
+        } else {
+            self.hand_over(batch, &left, shutdown).await;
+        }
+        failpoint::hit(FAILPOINTS[1]).await;
+    }
+
+    /// Takes away the keys of nodes that are known not to answer.
+    fn avoid(&self, work: &mut Work) -> Vec<Left> {
+        let down = Arc::clone(&self.down.borrow());
+        let mut left: BTreeMap<String, HashSet<String>> = BTreeMap::new();
+        if down.is_empty() {
+            return Vec::new();
+        }
+        for key in work.key_names() {
+            let node = self.redis.node_of_key(key);
+            if down.contains_key(&node) {
+                left.entry(node).or_default().insert(key.to_owned());
+            }
+        }
+        *work = work.filtered(|key| !left.values().any(|keys| keys.contains(key)));
+        let reason = |node: &String| down.get(node).cloned().unwrap_or_default();
+        left.into_iter()
+            .map(|(node, keys)| Left { reason: reason(&node), cause: Cause::Node(node), keys })
+            .collect()
+    }
+
+    /// The cache for the first attempt. A node of a cluster that is slow is left to others, who have more time.
+    fn hasty(&self, failures: u32) -> Redis {
+        match self.redis.is_cluster() {
+            true => self.redis.limited_to(FIRST_ATTEMPT.min(self.config.redis_timeout)),
+            false => self.redis.after_failures(failures),
+        }
+    }
+
+    /// Applies the keys of a batch until nothing is left to do here; nothing if it is given up.
+    async fn apply_for_long(
+        &self,
+        batch: &mut Batch,
+        health: &Component,
+        shutdown: &Shutdown,
+    ) -> Option<Outcome> {
         let mut retry = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
         let mut said = SaidLately::default();
         let mut kept_alive = Instant::now();
         loop {
             let started = Instant::now();
-            let redis = self.redis.after_failures(retry.attempts());
-            match apply(&redis, &batch.work, &batch.messages, self.config.ack_wait, health).await {
-                Ok(applied) => {
-                    histogram!(names::APPLY_TIME).record(started.elapsed());
-                    counter!(names::KEYS_PRESENT).increment(applied.deleted);
-                    counter!(names::UPDATES, "outcome" => "replaced").increment(applied.updated);
-                    counter!(names::UPDATES, "outcome" => "ignored").increment(applied.ignored);
-                    break;
+            let redis = self.hasty(retry.attempts());
+            let applying = redis.apply_keys(&batch.work);
+            let outcome = while_kept_alive(applying, &batch.messages, self.config.ack_wait, health).await;
+            count(&outcome, &batch.work);
+            let Some(error) = self.reason_to_wait(&outcome) else {
+                histogram!(names::APPLY_TIME).record(started.elapsed());
+                if retry.attempts() > 0 {
+                    tracing::info!(keys = batch.work.keys(), "Redis applies invalidations again");
+                    gauge!(names::REDIS_UP).set(1.0);
+                    health.ready();
                 }
-                Err(error @ RedisError::KeysRefused { .. }) => {
-                    counter!(names::REDIS_FAILURES).increment(1);
-                    return self.settle_refused(batch, &error, health, shutdown).await;
-                }
-                Err(error) => {
-                    counter!(names::REDIS_FAILURES).increment(1);
-                    gauge!(names::REDIS_UP).set(0.0);
-                    let report = Report::of(&error).to_string();
-                    health.not_ready(format!("Redis does not apply invalidations: {report}"));
-                    if said.is_news(&report) {
-                        tracing::warn!(
-                            error = report,
-                            "Redis does not apply invalidations; keeping them until it does"
-                        );
-                    }
-                }
+                return Some(outcome);
+            };
+            gauge!(names::REDIS_UP).set(0.0);
+            let report = Report::of(error).to_string();
+            health.not_ready(format!("Redis does not apply invalidations: {report}"));
+            if said.is_news(&report) {
+                tracing::warn!(
+                    error = report,
+                    "Redis does not apply invalidations; keeping them until it does"
+                );
             }
+            batch.work = batch.work.only(&outcome.keys_left());
             tokio::select! {
-                () = shutdown.requested() => return,
+                () = shutdown.requested() => return None,
                 () = tokio::time::sleep(retry.next_delay()) => {}
             }
             if kept_alive.elapsed() >= self.config.ack_wait / 3 {
@@ -284,61 +349,123 @@ impl Shared {
                 keep_alive(&batch.messages).await;
             }
         }
-        if retry.attempts() > 0 {
-            tracing::info!(keys = batch.work.keys(), "Redis applies invalidations again");
-            health.ready();
-        }
-        failpoint::hit(FAILPOINTS[0]).await;
-        for message in &batch.messages {
-            if let Err(error) = message.ack().await {
-                tracing::debug!(error = %Report::of(error.as_ref()), "could not acknowledge a message; it will be applied once more");
+    }
+
+    /// The error for which everything has to wait: that of the one server there is.
+    fn reason_to_wait<'a>(&self, outcome: &'a Outcome) -> Option<&'a RedisError> {
+        let mut undone = outcome.undone.iter().filter(|undone| !undone.is_refused());
+        undone.next().filter(|_| !self.redis.is_cluster()).map(|undone| &undone.error)
+    }
+
+    /// Acknowledges the messages that are done, and gives what is left of the others to those who try it again.
+    async fn hand_over(&self, batch: Batch, left: &[Left], shutdown: &Shutdown) {
+        let heartbeat_us = batch.heartbeat_us;
+        let mut messages: VecDeque<_> = batch.messages.into_iter().zip(batch.accounts).collect();
+        while let Some((message, account)) = messages.pop_front() {
+            let mut work = work_of(&message);
+            let namespaces = work.take_namespaces();
+            let parts: Vec<_> = left
+                .iter()
+                .map(|left| (&left.cause, &left.reason, work.filtered(|key| left.keys.contains(key))))
+                .filter(|(_, _, part)| !part.is_empty())
+                .collect();
+            if parts.is_empty() && namespaces.is_empty() {
+                acknowledge(&message).await;
+                account.count();
+                continue;
+            }
+            let bytes = parts.iter().map(|(_, _, part)| part.bytes()).sum::<usize>()
+                + namespaces.iter().map(|namespace| namespace.as_str().len()).sum::<usize>();
+            let Some(room) = self.room_for(bytes, &message, &messages, shutdown).await else { return };
+            let sequence = message.info().map_or(0, |info| info.stream_sequence);
+            let created_us = self.stream.borrow().created_us;
+            let held = Held::new(message.split().1, account, (created_us, sequence), room);
+            // A receiver ends only with the process.
+            let _ = self.leftover.send(Arrival::Alive(Arc::downgrade(&held)));
+            for (cause, reason, part) in parts {
+                let part = Arrival::Keys(cause.clone(), reason.clone(), part, Arc::clone(&held));
+                let _ = self.leftover.send(part);
+            }
+            match namespaces.is_empty() {
+                true => held::release(held).await,
+                false => drop(self.namespaces.send((namespaces, held))),
             }
         }
-        failpoint::hit(FAILPOINTS[1]).await;
-        self.heartbeats.applied(batch.heartbeat_us);
-        batch.count();
+        self.heartbeats.applied(heartbeat_us);
     }
-}
 
-impl Shared {
-    /// Takes the messages of a batch one by one, to tell those that are refused from the others.
-    async fn settle_refused(
+    /// Room for a message that is done in part, once there is some; nothing if shutdown is requested before.
+    async fn room_for(
         &self,
-        batch: Batch,
-        error: &RedisError,
-        health: &Component,
+        bytes: usize,
+        message: &Message,
+        others: &VecDeque<(Message, Account)>,
         shutdown: &Shutdown,
-    ) {
-        if let [message] = &*batch.messages {
-            tracing::warn!(error = %Report::of(error), "invalidations are refused; trying them again in {REFUSED_PAUSE:?}");
-            if let Err(error) = message.ack_with(AckKind::Nak(Some(REFUSED_PAUSE))).await {
-                tracing::debug!(error = %Report::of(error.as_ref()), "could not give back a message; it comes again later");
+    ) -> Option<OwnedSemaphorePermit> {
+        let room = self.room.take(bytes);
+        tokio::pin!(room);
+        loop {
+            tokio::select! {
+                () = shutdown.requested() => return None,
+                room = &mut room => return Some(room),
+                () = tokio::time::sleep(self.config.ack_wait / 3) => {
+                    keep_alive(std::slice::from_ref(message)).await;
+                    for (other, _) in others {
+                        keep_alive(std::slice::from_ref(other)).await;
+                    }
+                }
             }
-            return;
-        }
-        for message in batch.messages {
-            let Ok(envelope) = Envelope::decode(&message.payload) else { continue };
-            let mut single = Batch::default();
-            single.add(message, &envelope);
-            Box::pin(self.settle(single, health, shutdown)).await;
         }
     }
 }
 
-/// One attempt to apply what `messages` say. Searching a large cache for a namespace may take longer than messages may be
-/// in hand, so they are kept meanwhile.
-pub(crate) async fn apply(
-    redis: &Redis,
-    work: &Work,
+/// Keys of a batch that are left to others.
+struct Left {
+    cause: Cause,
+    reason: String,
+    keys: HashSet<String>,
+}
+
+impl From<Undone> for Left {
+    fn from(undone: Undone) -> Self {
+        let (cause, reason) = (Cause::of(&undone), Report::of(&undone.error).to_string());
+        Self { cause, reason, keys: undone.keys.into_iter().collect() }
+    }
+}
+
+async fn acknowledge(message: &Message) {
+    if let Err(error) = message.ack().await {
+        tracing::debug!(error = %Report::of(error.as_ref()), "could not acknowledge a message; it will be applied once more");
+    }
+}
+
+fn work_of(message: &Message) -> Work {
+    let mut work = Work::new();
+    if let Ok(envelope) = Envelope::decode(&message.payload) {
+        envelope.events.iter().for_each(|event| work.add(event));
+    }
+    work
+}
+
+fn count(outcome: &Outcome, work: &Work) {
+    counter!(names::REDIS_FAILURES).increment(outcome.undone.len() as u64);
+    counter!(names::KEYS_PRESENT).increment(outcome.applied.deleted);
+    counter!(names::UPDATES, "outcome" => "replaced").increment(outcome.applied.updated);
+    counter!(names::UPDATES, "outcome" => "ignored").increment(outcome.applied.ignored);
+    counter!(names::KEYS_INVALIDATED).increment((work.keys() - outcome.keys_left().len()) as u64);
+}
+
+/// Waits for something that may take longer than messages may be in hand.
+async fn while_kept_alive<T>(
+    working: impl Future<Output = T>,
     messages: &[Message],
     ack_wait: Duration,
     health: &Component,
-) -> Result<Applied, RedisError> {
-    let applying = redis.apply(work);
-    tokio::pin!(applying);
+) -> T {
+    tokio::pin!(working);
     loop {
-        match tokio::time::timeout(ack_wait / 3, &mut applying).await {
-            Ok(applied) => return applied,
+        match tokio::time::timeout(ack_wait / 3, &mut working).await {
+            Ok(done) => return done,
             Err(_) => {
                 health.beat();
                 keep_alive(messages).await;
@@ -348,23 +475,8 @@ pub(crate) async fn apply(
 }
 
 /// Tells NATS that messages are still being worked on.
-pub(crate) async fn keep_alive(messages: &[Message]) {
+async fn keep_alive(messages: &[Message]) {
     for message in messages {
         let _ = message.ack_with(AckKind::Progress).await;
-    }
-}
-
-impl Batch {
-    fn count(&self) {
-        gauge!(names::REDIS_UP).set(1.0);
-        counter!(names::MESSAGES, "result" => "applied").increment(self.messages.len() as u64);
-        counter!(names::EVENTS_APPLIED).increment(self.events);
-        counter!(names::KEYS_INVALIDATED).increment(self.work.keys() as u64);
-        counter!(names::NAMESPACES_INVALIDATED).increment(self.work.namespaces().len() as u64);
-        let now = chrono::Utc::now().timestamp_micros();
-        for oldest in &self.oldest_us {
-            let microseconds = now.saturating_sub(*oldest).max(0).cast_unsigned();
-            histogram!(names::ENQUEUE_TO_DELETE).record(Duration::from_micros(microseconds));
-        }
     }
 }

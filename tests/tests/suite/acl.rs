@@ -195,8 +195,68 @@ async fn keys_that_the_user_may_not_touch_hold_up_no_others_and_go_when_it_may()
     let log = subscriber.process().log();
     assert!(log.contains("redis refuses access to \"product:"), "{log}");
     assert!(log.contains("widen the key patterns (~) of its user"), "{log}");
+
+    // Only what is refused is tried again: a key of the same messages that is cached anew stays.
+    let failures = async || subscriber.metric("subscriber_redis_failures_total").await.unwrap();
+    let before = failures().await;
+    pair.fill("user:0").await.unwrap();
+    eventually(SETTLED, async || failures().await >= before + 2.0).await;
+    assert!(pair.is_cached("user:0").await.unwrap());
+    assert!((subscriber.metric("subscriber_refused_keys").await.unwrap() - 4.0).abs() < 0.1);
+    let reason = subscriber.until_not_ready_because("product:").await;
+    assert!(reason.contains("widen the key patterns"), "{reason}");
+    let status = status_of(&subscriber, &variables, &pair).await;
+    assert!(status.contains("product:") && status.contains("widen the key patterns"), "{status}");
+
     pair.stack.redis.command(&["ACL", "SETUSER", "subscriber", "~product:*"]).await.unwrap();
     pair.until_none("product:*").await;
+    subscriber.until_ready().await;
+    assert!(pair.is_cached("user:0").await.unwrap());
+    assert!(subscriber.metric("subscriber_refused_keys").await.unwrap() < 1.0);
+}
+
+/// What `subscriber status` prints beside a running subscriber.
+async fn status_of(subscriber: &Daemon, variables: &[(&'static str, String)], pair: &Pair) -> String {
+    let mut command = tokio::process::Command::new(tests::program("subscriber").unwrap());
+    command.arg("status").env("NATS_URL", pair.stack.nats_url());
+    command.env("HTTP_ADDR", subscriber.http().to_string()).envs(variables.iter().cloned());
+    let output = command.output().await.unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn namespaces_hold_up_no_single_key_and_are_searched_for_together() {
+    let stack = StackOptions { redis: options(), ..Default::default() };
+    let pair = Pair::start_with(PairOptions { stack, ..Default::default() }).await.unwrap();
+    pair.subscriber.process().terminate().await.unwrap();
+    // A search that does not come to an end.
+    pair.stack.redis.command(&["ACL", "SETUSER", "subscriber", "-scan"]).await.unwrap();
+    let variables = [("REDIS_URL", with_user(&pair.stack.redis_url(), "subscriber"))];
+    let subscriber = pair.another_subscriber(&variables).unwrap();
+    subscriber.until_ready().await;
+    pair.fill_many("user", 0..100).await.unwrap();
+    pair.fill_many("order", 0..5).await.unwrap();
+    // More than there are workers.
+    for number in 0..5 {
+        enqueue(&pair, &Event::delete_namespaces([format!("order:{number}")]).unwrap()).await;
+    }
+    subscriber.until_not_ready_because("namespaces wait").await;
+    for number in 0..100 {
+        enqueue(&pair, &Event::delete([format!("user:{number}")]).unwrap()).await;
+    }
+    pair.until_none("user:*").await;
+    assert_eq!(pair.count("order:*").await.unwrap(), 5);
+    eventually(SETTLED, async || subscriber.metric("subscriber_waiting_namespaces").await.unwrap() > 4.5)
+        .await;
+    pair.stack.redis.command(&["ACL", "SETUSER", "subscriber", "+scan"]).await.unwrap();
+    pair.until_none("order:*").await;
+    subscriber.until_ready().await;
+    eventually(SETTLED, async || subscriber.metric("subscriber_ack_pending_messages").await.unwrap() < 1.0)
+        .await;
+    assert!(subscriber.metric("subscriber_waiting_namespaces").await.unwrap() < 1.0);
+    let searches = subscriber.metric("subscriber_namespace_search_seconds_count").await.unwrap();
+    assert!((searches - 1.0).abs() < 0.1, "{searches} searches");
+    pair.until_recorded().await;
 }
 
 /// Leaves the slot of a key between two nodes.

@@ -28,6 +28,7 @@ mod resolver;
 mod roles;
 mod schema;
 mod secrets;
+mod shards;
 mod starting;
 mod stopping;
 mod stream_losses;

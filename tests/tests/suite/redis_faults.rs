@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use cache::{Acquired, Fill, LeaseToken, Mark};
+use devstack::proxy::{FaultProxy, Mode};
 use devstack::{RedisCluster, RedisReplicaPair, eventually};
 use event::CacheKey;
 use outbox::{Event, Marks, TransactionId};
@@ -88,6 +89,37 @@ async fn turns_in(pair: &Pair, time: Duration) -> String {
     let started = Instant::now();
     pair.stack.redis.command(&["EVAL", SPIN, "0", &TURNS.to_string()]).await.unwrap();
     format!("{:.0}", TURNS * time.as_secs_f64() / started.elapsed().as_secs_f64())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_redis_has_not_answered_is_not_acknowledged_however_often_it_was_tried() {
+    let pair = Pair::start().await.unwrap();
+    pair.subscriber.process().terminate().await.unwrap();
+    let proxy = FaultProxy::start(pair.stack.redis.address()).await.unwrap();
+    let variables = [
+        ("REDIS_URL", pair.stack.redis.url_through(&proxy)),
+        ("SUBSCRIBER_ACK_WAIT", "2s".to_owned()),
+        ("SUBSCRIBER_REDIS_TIMEOUT", "100ms".to_owned()),
+    ];
+    let subscriber = pair.another_subscriber(&variables).unwrap();
+    subscriber.until_ready().await;
+    pair.fill_many("lost", 0..50).await.unwrap();
+    pair.enqueue(&["warm-up"]).await.unwrap();
+    pair.until_recorded().await;
+    // The requests are lost for good, and Redis is the same afterwards: nothing makes up for what was acknowledged.
+    proxy.set_mode(Mode::DropToServer);
+    for number in 0..50 {
+        pair.enqueue(&[&format!("lost:{number}")]).await.unwrap();
+    }
+    pair.until_outbox_empty().await;
+    let failures = async || subscriber.metric("subscriber_redis_failures_total").await.unwrap_or_default();
+    eventually(Duration::from_secs(90), async || failures().await >= 12.0).await;
+    subscriber.process().kill().unwrap();
+    proxy.set_mode(Mode::Pass);
+    assert_eq!(pair.count("lost:*").await.unwrap(), 50);
+    subscriber.process().start().unwrap();
+    pair.until_none("lost:*").await;
+    assert!(!subscriber.process().log().contains("replaying the stream"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,16 +1,15 @@
 //! A Redis that may have come back with old data.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
-use cache::Instance;
+use cache::Masters;
 use chrono::DateTime;
 use metrics::counter;
 use service::Component;
 
 use super::{LookError, Memory, Since, Supervisor};
 use crate::metrics as names;
-use crate::position::Seen;
+use crate::position::{Position, Seen};
 use crate::replay::Replay;
 
 /// The shortest replay: clocks differ and acknowledgements are recorded only now and then.
@@ -21,7 +20,7 @@ impl Supervisor {
     pub(super) async fn judge_redis(
         &self,
         memory: &mut Memory,
-        instances: &BTreeSet<Instance>,
+        masters: &Masters,
         is_watched: bool,
         seen: Seen,
         health: &Component,
@@ -29,8 +28,8 @@ impl Supervisor {
         let suspicion = memory.suspicion;
         let is_new = std::mem::take(&mut memory.is_new);
         let position = memory.position.get_or_insert_default();
-        if suspicion.is_none() && (is_new || position.knows(instances, is_watched)) {
-            position.trust(instances);
+        if suspicion.is_none() && (is_new || position.knows(&masters.instances, is_watched)) {
+            trust(position, masters);
             return Ok(());
         }
         let margin = self.replay_margin().await?;
@@ -62,7 +61,7 @@ impl Supervisor {
         };
         let messages = replay.run(since).await?;
         tracing::warn!(messages, "replayed the stream");
-        position.trust(instances);
+        trust(position, masters);
         memory.suspicion = None;
         Ok(())
     }
@@ -73,5 +72,13 @@ impl Supervisor {
         }
         let interval = self.redis.longest_snapshot_interval().await?;
         Ok(interval.unwrap_or_default().max(MIN_REPLAY_MARGIN))
+    }
+}
+
+/// Records that the data of these servers is good. Those that do not answer now may be the ones they were when they do.
+fn trust(position: &mut Position, masters: &Masters) {
+    match masters.unreachable.is_empty() {
+        true => position.trust(&masters.instances),
+        false => position.trust_also(&masters.instances),
     }
 }
