@@ -4,6 +4,9 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+/// Set to `path`, only `PATH` is searched.
+const SEARCH_VARIABLE: &str = "DEVSTACK_SEARCH";
+
 /// Directories searched after `PATH`.
 const USUAL_DIRECTORIES: &[&str] = &[
     "/usr/sbin",
@@ -86,6 +89,9 @@ impl Binary {
     fn search(self) -> Option<PathBuf> {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let mut directories: Vec<PathBuf> = std::env::split_paths(&path).collect();
+        if std::env::var_os(SEARCH_VARIABLE).is_some_and(|value| value == "path") {
+            return directories.iter().find_map(|directory| self.at(directory));
+        }
         directories.extend(USUAL_DIRECTORIES.iter().map(PathBuf::from));
         if self == Self::Postgres {
             directories.extend(postgres_directories());

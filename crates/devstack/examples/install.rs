@@ -1,0 +1,5 @@
+//! Installs the servers that this machine lacks.
+
+fn main() -> anyhow::Result<()> {
+    devstack::install_missing()
+}
