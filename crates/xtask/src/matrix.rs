@@ -2,7 +2,7 @@
 
 mod fetch;
 mod package;
-mod suite;
+pub mod suite;
 
 use std::process::ExitCode;
 

@@ -73,12 +73,24 @@ impl Suite {
             outcome.note(&line);
         }
         child.wait()?;
-        anyhow::ensure!(outcome.passed + outcome.failed > 0, "no test was run: does it compile?");
+        anyhow::ensure!(!outcome.is_empty(), "no test was run: does it compile?");
         Ok(outcome)
     }
 }
 
 impl Outcome {
+    /// Counts the tests in the output of a test program.
+    pub fn read(output: &str) -> Self {
+        let mut outcome = Self::default();
+        output.lines().for_each(|line| outcome.note(line));
+        outcome
+    }
+
+    /// Tells that no test was run.
+    pub fn is_empty(&self) -> bool {
+        self.passed + self.failed == 0
+    }
+
     /// Tells that nothing failed.
     pub fn passed(&self) -> bool {
         self.failed == 0
