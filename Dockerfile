@@ -32,11 +32,11 @@ RUN printf '//! Stub.\nfn main() {}\n' > /stub.rs \
 FROM ${RUST_IMAGE} AS build
 WORKDIR /src
 COPY --from=skeleton /src .
-RUN cargo build --release --locked --package relay --package subscriber
+RUN cargo build --release --locked --package relay --package subscriber --features relay/otlp,subscriber/otlp
 COPY . .
 # Cargo judges by modification times, and the stubs were built after the sources were last written.
 RUN find . -path ./target -prune -o -name '*.rs' -exec touch {} + \
-    && cargo build --release --locked --package relay --package subscriber
+    && cargo build --release --locked --package relay --package subscriber --features relay/otlp,subscriber/otlp
 
 
 FROM ${RUNTIME_IMAGE} AS relay

@@ -12,6 +12,7 @@ pub mod merging;
 pub mod metrics;
 pub mod pace;
 pub mod packing;
+mod program;
 pub mod publisher;
 mod republisher;
 mod run;
@@ -19,6 +20,7 @@ pub mod stream;
 mod worker;
 
 pub use config::{CaptureConfig, Config, GapPolicy, Source};
+pub use program::program;
 pub use run::run;
 
 /// Places where fault tests stop the relay: with rows claimed, with messages published but rows not settled, and with

@@ -2,29 +2,6 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-use relay::admin::{self, Command};
-use relay::{Config, FAILPOINTS};
-use service::Boot;
-
-/// Publishes the cache invalidations of committed Postgres transactions to NATS JetStream
-#[derive(Debug, Parser)]
-#[command(name = "relay", version)]
-struct Cli {
-    #[command(subcommand)]
-    command: Option<Command>,
-    #[command(flatten)]
-    config: Config,
-}
-
 fn main() -> ExitCode {
-    let cli: Cli = service::parse();
-    let options = cli.config.service.clone();
-    let boot = Boot { name: "relay", failpoints: FAILPOINTS };
-    match cli.command {
-        None | Some(Command::Run) => {
-            boot.run(&options, async move |shutdown| relay::run(cli.config, shutdown).await)
-        }
-        Some(command) => boot.run_command(&options, admin::execute(command, &cli.config)),
-    }
+    relay::program()
 }

@@ -4,12 +4,17 @@ pub mod backoff;
 pub mod boot;
 pub mod cli;
 pub mod duration;
+mod endpoint;
 pub mod failpoint;
 pub mod health;
 pub mod http;
 pub mod logs;
 pub mod metrics;
 pub mod nats;
+#[cfg(feature = "otlp")]
+mod otlp;
+#[cfg(not(feature = "otlp"))]
+#[path = "untraced/otlp.rs"]
 mod otlp;
 pub mod report;
 pub mod said;
@@ -17,6 +22,10 @@ pub mod secret;
 pub mod secret_url;
 pub mod shutdown;
 pub mod startup;
+#[cfg(feature = "otlp")]
+pub mod trace;
+#[cfg(not(feature = "otlp"))]
+#[path = "untraced/trace.rs"]
 pub mod trace;
 
 pub use backoff::Backoff;

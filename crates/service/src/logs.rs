@@ -6,18 +6,16 @@ use std::{
 };
 
 use clap::ValueEnum;
-use opentelemetry::trace::TracerProvider as _;
-use opentelemetry_otlp::ExporterBuildError;
-use opentelemetry_sdk::trace::SdkTracerProvider;
-use tracing::{Metadata, level_filters::LevelFilter};
+use tracing::level_filters::LevelFilter;
 use tracing_subscriber::{
     EnvFilter, Layer, Registry,
-    filter::{ParseError, filter_fn},
+    filter::ParseError,
     layer::SubscriberExt as _,
     util::{SubscriberInitExt as _, TryInitError},
 };
 
-use crate::{otlp, printable};
+use crate::otlp::{ExportError, Spans};
+use crate::{endpoint, printable};
 
 /// How long [`LogGuard::flush`] waits for the collector at the end of the process.
 const FLUSH_LIMIT: Duration = Duration::from_secs(2);
@@ -35,9 +33,10 @@ pub struct LogOptions {
     #[arg(long = "log", env = "RUST_LOG", value_name = "FILTER", value_parser = parse_filter, global = true)]
     pub log_filter: Option<String>,
 
-    /// OpenTelemetry collector that receives traces, such as `http://127.0.0.1:4318`; none by default
+    /// OpenTelemetry collector that receives traces, such as `http://127.0.0.1:4318` (needs a build with the feature `otlp`);
+    /// none by default
     #[arg(
-        long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL", value_parser = otlp::parse_endpoint,
+        long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL", value_parser = endpoint::parse,
         global = true
     )]
     pub otlp_endpoint: Option<String>,
@@ -60,7 +59,7 @@ pub enum LogError {
     Filter(#[source] ParseError),
     /// The client of the collector cannot be built.
     #[error("cannot export traces (OTEL_EXPORTER_OTLP_ENDPOINT or --otlp-endpoint)")]
-    Otlp(#[source] ExporterBuildError),
+    Otlp(#[source] ExportError),
     /// The process logs elsewhere already.
     #[error("logs are set up already")]
     AlreadySet(#[source] TryInitError),
@@ -70,7 +69,7 @@ pub enum LogError {
 #[derive(Debug)]
 #[must_use = "spans not yet exported are lost unless it is flushed"]
 pub struct LogGuard {
-    provider: Option<SdkTracerProvider>,
+    spans: Option<Spans>,
 }
 
 /// Sends the process's logs to standard error, and its spans to the collector if there is one.
@@ -85,26 +84,22 @@ pub fn init(service: &'static str, options: &LogOptions, level: LevelFilter) -> 
         env_filter(options.log_filter.as_deref().unwrap_or_default(), level).map_err(LogError::Filter)?;
     let filter = without_noise(filter, options.log_filter.as_deref().unwrap_or_default());
     let endpoint = options.otlp_endpoint.as_deref().filter(|endpoint| !endpoint.is_empty());
-    let provider =
-        endpoint.map(|endpoint| otlp::provider(service, endpoint)).transpose().map_err(LogError::Otlp)?;
-    let spans = provider.as_ref().map(|provider| {
-        tracing_opentelemetry::layer().with_tracer(provider.tracer(service)).with_filter(filter_fn(is_ours))
-    });
+    let spans =
+        endpoint.map(|endpoint| Spans::export(service, endpoint)).transpose().map_err(LogError::Otlp)?;
     tracing_subscriber::registry()
         .with(lines(options.log_format))
-        .with(spans)
+        .with(spans.as_ref().map(|spans| spans.layer(service)))
         .with(filter)
         .try_init()
         .map_err(LogError::AlreadySet)?;
-    Ok(LogGuard { provider })
+    Ok(LogGuard { spans })
 }
 
 impl LogGuard {
     /// Exports what is left, for at most two seconds. Blocks: to be called outside of async code.
     pub fn flush(self) {
-        let flushed = self.provider.map(|provider| provider.shutdown_with_timeout(FLUSH_LIMIT));
-        if let Some(Err(error)) = flushed {
-            tracing::warn!(error = %error, "the last spans could not be exported");
+        if let Some(spans) = self.spans {
+            spans.flush(FLUSH_LIMIT);
         }
     }
 }
@@ -139,12 +134,6 @@ impl<W: io::Write> io::Write for OneLine<W> {
 /// See <https://no-color.org>.
 fn no_color_is_unset() -> bool {
     std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
-}
-
-/// The client that exports spans must not make spans of its own, which would be exported in turn.
-fn is_ours(metadata: &Metadata<'_>) -> bool {
-    const EXPORT: [&str; 4] = ["hyper", "reqwest", "opentelemetry", "tower"];
-    !EXPORT.iter().any(|target| metadata.target().starts_with(target))
 }
 
 /// What the client library of NATS says by itself: a line for each attempt to connect, without the cause, which the module

@@ -9,44 +9,60 @@ use std::{
     time::Duration,
 };
 
-use opentelemetry_otlp::{ExporterBuildError, Protocol, WithExportConfig as _};
+use opentelemetry::trace::TracerProvider as _;
+use opentelemetry_otlp::{Protocol, WithExportConfig as _};
 use opentelemetry_sdk::{
     Resource,
     error::{OTelSdkError, OTelSdkResult},
     trace::{SdkTracerProvider, SpanData, SpanExporter},
 };
 use tokio::runtime::Handle;
-
-/// The path of the traces signal below a collector's base URL, by the OTLP specification.
-const TRACES_PATH: &str = "/v1/traces";
+use tracing::Metadata;
+use tracing_subscriber::{Layer, filter::filter_fn, registry::LookupSpan};
 
 /// How long one batch may take to reach the collector.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Why an endpoint is refused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum EndpointError {
-    #[error("only http:// is spoken: send to a collector beside this process, and let it speak TLS")]
-    NotHttp,
-}
+/// The client of the collector cannot be built.
+pub type ExportError = opentelemetry_otlp::ExporterBuildError;
 
-/// Checks and completes a collector's base URL; empty means none.
-pub(crate) fn parse_endpoint(text: &str) -> Result<String, EndpointError> {
-    let base = text.trim().trim_end_matches('/');
-    if base.is_empty() || base.ends_with(TRACES_PATH) && base.starts_with("http://") {
-        return Ok(base.to_owned());
+/// Exports spans in the background.
+#[derive(Debug)]
+pub(crate) struct Spans(SdkTracerProvider);
+
+impl Spans {
+    /// Exports on the current Tokio runtime, under the given service name.
+    ///
+    /// Sampling, headers and batch sizes follow OpenTelemetry's own variables (`OTEL_TRACES_SAMPLER`,
+    /// `OTEL_EXPORTER_OTLP_HEADERS`, `OTEL_BSP_*`).
+    pub(crate) fn export(service: &'static str, endpoint: &str) -> Result<Self, ExportError> {
+        provider(service, endpoint).map(Self)
     }
-    if base.starts_with("http://") { Ok(format!("{base}{TRACES_PATH}")) } else { Err(EndpointError::NotHttp) }
+
+    /// Returns what takes the spans of the process.
+    pub(crate) fn layer<S>(&self, service: &'static str) -> Box<dyn Layer<S> + Send + Sync>
+    where
+        S: tracing::Subscriber + for<'span> LookupSpan<'span> + Send + Sync,
+    {
+        let tracer = self.0.tracer(service);
+        tracing_opentelemetry::layer().with_tracer(tracer).with_filter(filter_fn(is_ours)).boxed()
+    }
+
+    /// Exports what is left, for no longer than `limit`.
+    pub(crate) fn flush(self, limit: Duration) {
+        if let Err(error) = self.0.shutdown_with_timeout(limit) {
+            tracing::warn!(error = %error, "the last spans could not be exported");
+        }
+    }
 }
 
-/// Exports spans in the background, on the current Tokio runtime, under the given service name.
-///
-/// Sampling, headers and batch sizes follow OpenTelemetry's own variables (`OTEL_TRACES_SAMPLER`,
-/// `OTEL_EXPORTER_OTLP_HEADERS`, `OTEL_BSP_*`).
-pub(crate) fn provider(
-    service: &'static str,
-    endpoint: &str,
-) -> Result<SdkTracerProvider, ExporterBuildError> {
+/// The client that exports spans must not make spans of its own, which would be exported in turn.
+fn is_ours(metadata: &Metadata<'_>) -> bool {
+    const EXPORT: [&str; 4] = ["hyper", "reqwest", "opentelemetry", "tower"];
+    !EXPORT.iter().any(|target| metadata.target().starts_with(target))
+}
+
+fn provider(service: &'static str, endpoint: &str) -> Result<SdkTracerProvider, ExportError> {
     let exporter = opentelemetry_otlp::SpanExporter::builder()
         .with_http()
         .with_protocol(Protocol::HttpBinary)
@@ -105,25 +121,5 @@ fn report(failing: &AtomicBool, result: &OTelSdkResult) {
         }
         Ok(()) if failed_before => tracing::info!("spans are exported again"),
         _ => {}
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_signals_path_is_added_to_a_base_url_once() {
-        let expected = Ok("http://collector:4318/v1/traces".to_owned());
-        for text in ["http://collector:4318", "http://collector:4318/", "http://collector:4318/v1/traces"] {
-            assert_eq!(parse_endpoint(text), expected);
-        }
-    }
-
-    #[test]
-    fn an_empty_endpoint_is_none_and_tls_is_refused() {
-        assert_eq!(parse_endpoint(" "), Ok(String::new()));
-        assert_eq!(parse_endpoint("https://collector:4318/v1/traces"), Err(EndpointError::NotHttp));
-        assert_eq!(parse_endpoint("collector:4317"), Err(EndpointError::NotHttp));
     }
 }

@@ -13,6 +13,7 @@ mod leftover;
 pub mod metrics;
 mod namespaces;
 pub mod position;
+mod program;
 pub mod replay;
 mod resolver;
 mod run;
@@ -20,6 +21,7 @@ mod supervisor;
 mod worker;
 
 pub use config::{Config, GapPolicy};
+pub use program::program;
 pub use run::run;
 
 /// Places where fault tests stop the subscriber: with keys deleted but messages not acknowledged, and with both done.

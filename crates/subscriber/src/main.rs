@@ -2,29 +2,6 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-use service::Boot;
-use subscriber::admin::{self, Command};
-use subscriber::{Config, FAILPOINTS};
-
-/// Invalidates the Redis keys that committed Postgres transactions made stale
-#[derive(Debug, Parser)]
-#[command(name = "subscriber", version)]
-struct Cli {
-    #[command(subcommand)]
-    command: Option<Command>,
-    #[command(flatten)]
-    config: Config,
-}
-
 fn main() -> ExitCode {
-    let cli: Cli = service::parse();
-    let options = cli.config.service.clone();
-    let boot = Boot { name: "subscriber", failpoints: FAILPOINTS };
-    match cli.command {
-        None | Some(Command::Run) => {
-            boot.run(&options, async move |shutdown| subscriber::run(cli.config, shutdown).await)
-        }
-        Some(command) => boot.run_command(&options, admin::execute(command, &cli.config)),
-    }
+    subscriber::program()
 }

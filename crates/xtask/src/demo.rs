@@ -33,8 +33,7 @@ pub struct Arguments {
 /// Plays all scenes.
 pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     servers::provide(Binary::SERVERS)?;
-    println!("Building relay, subscriber and example in release; the first time this takes a few minutes.");
-    let (programs, example) = (programs::build()?, programs::build_example()?);
+    let (programs, example) = programs::under_other_names()?;
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(play(&programs, &example, arguments.keep))?;
     Ok(ExitCode::SUCCESS)

@@ -5,6 +5,7 @@ mod daemon;
 mod demo;
 mod history;
 mod matrix;
+mod mutants;
 mod observer;
 mod paint;
 mod pair;
@@ -37,6 +38,7 @@ enum Task {
     Test(test::Arguments),
     Bench(bench::Arguments),
     Matrix(matrix::Arguments),
+    Mutants(mutants::Arguments),
     CheckHistory(history::Arguments),
     RecordDebezium(record_debezium::Arguments),
     /// A reader or a writer of check-history
@@ -45,11 +47,15 @@ enum Task {
 }
 
 fn main() -> ExitCode {
+    if let Some(code) = programs::act_as_called() {
+        return code;
+    }
     let outcome = match Cli::parse().task {
         Task::Demo(arguments) => demo::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Matrix(arguments) => matrix::run(&arguments),
+        Task::Mutants(arguments) => mutants::run(&arguments),
         Task::CheckHistory(arguments) => history::run(&arguments),
         Task::RecordDebezium(arguments) => record_debezium::run(&arguments),
         Task::HistoryProcess(arguments) => history::run_process(arguments).map(|()| ExitCode::SUCCESS),

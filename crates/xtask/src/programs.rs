@@ -1,4 +1,4 @@
-//! Our own programs, built in release.
+//! Our own programs: this executable under other names for the demo, built in release for figures.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -25,32 +25,62 @@ pub fn workspace() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("this crate is two folders below the top")
 }
 
-/// Builds relay and subscriber in release. Cargo's own progress goes to standard error.
-pub fn build() -> anyhow::Result<Programs> {
-    let executables = build_release(&["relay", "subscriber"])?;
-    let find = |name| find(&executables, name);
-    Ok(Programs { relay: find("relay")?, subscriber: find("subscriber")? })
+/// Packages whose programs figures are taken from. Always built together: another selection would compile the
+/// dependencies again, with other features.
+const RELEASED: &[&str] = &["relay", "subscriber", "xtask"];
+
+/// Name of the example service.
+pub const EXAMPLE: &str = "example";
+
+/// Acts as the program whose name this executable was called by, if it is one of ours.
+pub fn act_as_called() -> Option<ExitCode> {
+    let called = std::env::args_os().next()?;
+    match Path::new(&called).file_name()?.to_str()? {
+        "relay" => Some(relay::program()),
+        "subscriber" => Some(subscriber::program()),
+        EXAMPLE => Some(example::program()),
+        _ => None,
+    }
 }
 
-/// Builds the example service in release and returns where it is.
-pub fn build_example() -> anyhow::Result<PathBuf> {
-    find(&build_release(&["example"])?, "example")
+/// Returns this executable under the names of relay and subscriber, and of the example service: one build has them all.
+pub fn under_other_names() -> anyhow::Result<(Programs, PathBuf)> {
+    let executable = std::env::current_exe().context("cannot find this executable")?;
+    let folder = executable.with_file_name("programs");
+    std::fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    let link = |name: &str| {
+        let path = folder.join(name);
+        if !std::fs::read_link(&path).is_ok_and(|target| target == executable) {
+            drop(std::fs::remove_file(&path));
+            std::os::unix::fs::symlink(&executable, &path)
+                .with_context(|| format!("cannot create {}", path.display()))?;
+        }
+        anyhow::Ok(path)
+    };
+    Ok((Programs { relay: link("relay")?, subscriber: link("subscriber")? }, link(EXAMPLE)?))
+}
+
+/// Builds relay and subscriber in release. Cargo's own progress goes to standard error.
+pub fn build() -> anyhow::Result<Programs> {
+    let executables = build_release()?;
+    let find = |name| find(&executables, name);
+    Ok(Programs { relay: find("relay")?, subscriber: find("subscriber")? })
 }
 
 /// Builds this very program in release and runs it with the same arguments: what generates a load must not be a debug
 /// build.
 pub fn run_this_in_release(what: &str) -> anyhow::Result<ExitCode> {
     println!("Building {what} in release; the first time this takes a few minutes.");
-    let program = find(&build_release(&["xtask"])?, "xtask")?;
+    let program = find(&build_release()?, "xtask")?;
     let status =
         Command::new(program).args(std::env::args_os().skip(1)).status().context("cannot start it")?;
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn build_release(packages: &[&str]) -> anyhow::Result<Vec<PathBuf>> {
+fn build_release() -> anyhow::Result<Vec<PathBuf>> {
     let mut command = Command::new(cargo());
     command.args(["build", "--release", "--message-format", "json-render-diagnostics"]);
-    command.args(packages.iter().flat_map(|package| ["--package", package]));
+    command.args(RELEASED.iter().flat_map(|package| ["--package", package]));
     command.current_dir(workspace()).stderr(Stdio::inherit());
     let output = command.output().context("cannot start cargo")?;
     ensure!(output.status.success(), "cargo build failed");
