@@ -55,7 +55,8 @@ impl FromStr for History {
             timeline: timeline.parse().map_err(|_| InvalidHistory)?,
         };
         // One name for each: what is written back must be what was read.
-        if history.to_string() == text { Ok(history) } else { Err(InvalidHistory) }
+        let fits = history.database <= MAX_DATABASE && history.to_string() == text;
+        if fits { Ok(history) } else { Err(InvalidHistory) }
     }
 }
 
@@ -71,6 +72,9 @@ impl<'de> Deserialize<'de> for History {
         text.parse().map_err(serde::de::Error::custom)
     }
 }
+
+/// Largest number that ten hexadecimal digits can say.
+const MAX_DATABASE: u64 = (1 << 40) - 1;
 
 /// A transaction of one history.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
