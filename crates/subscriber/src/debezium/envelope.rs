@@ -127,11 +127,11 @@ pub(super) fn read(body: &[u8]) -> Result<Envelope, DebeziumError> {
 /// Separates the schema from the payload, if the message has exactly these two: a row may have columns of those names.
 fn unwrap(mut message: Value) -> (Option<Value>, Value) {
     match message.as_object_mut() {
-        Some(object) if object.len() == 2 && object.contains_key("payload") => {
-            match (object.remove("schema"), object.remove("payload")) {
-                (Some(schema), Some(payload)) => (Some(schema).filter(|schema| !schema.is_null()), payload),
-                _ => (None, Value::Null),
-            }
+        Some(object)
+            if object.len() == 2 && object.contains_key("schema") && object.contains_key("payload") =>
+        {
+            let schema = object.remove("schema").filter(|schema| !schema.is_null());
+            (schema, object.remove("payload").unwrap_or_default())
         }
         _ => (None, message),
     }
