@@ -80,20 +80,22 @@ pub struct Replay<'a> {
 struct Cursor {
     /// Messages delivered; the consumer numbers them from 1 without a gap.
     delivered: u64,
+    /// Heartbeats among them, which say nothing about any key.
+    heartbeats: u64,
     /// Messages left.
     pending: u64,
 }
 
 impl Replay<'_> {
     /// Applies every message published since `since` (or everything, without a time) that was in the stream when the
-    /// replay began. Says how many that were.
+    /// replay began. Returns how many these were, without heartbeats.
     ///
     /// # Errors
     /// [`ReplayError`]. Without one, every message has been applied or has expired.
     pub async fn run(&self, since: Option<DateTime<Utc>>) -> Result<u64, ReplayError> {
         let last_seq = self.stream.get_info().await.map_err(nats)?.state.last_sequence;
         let mut consumer = self.consumer(since).await?;
-        let mut cursor = Cursor { delivered: 0, pending: consumer.cached_info().num_pending };
+        let mut cursor = Cursor { delivered: 0, heartbeats: 0, pending: consumer.cached_info().num_pending };
         let mut empty = 0;
         let mut work = Work::new();
         let mut namespaces = BTreeSet::new();
@@ -123,7 +125,7 @@ impl Replay<'_> {
         if let Err(error) = self.stream.delete_consumer(&consumer.cached_info().name).await {
             tracing::debug!(error = %Report::of(&error), "could not delete the consumer of a replay; it disappears by itself");
         }
-        Ok(cursor.delivered)
+        Ok(cursor.delivered - cursor.heartbeats)
     }
 
     async fn consumer(&self, since: Option<DateTime<Utc>>) -> Result<PullConsumer, ReplayError> {
@@ -174,6 +176,7 @@ impl Replay<'_> {
             cursor.pending = if info.stream_sequence >= last_seq { 0 } else { info.pending };
             // Poison was set aside when it was first delivered.
             if let Ok(envelope) = Envelope::decode(&message.payload) {
+                cursor.heartbeats += u64::from(envelope.events.is_empty());
                 envelope.events.iter().for_each(|event| work.add(event));
             }
         }

@@ -265,6 +265,7 @@ impl Shared {
         let mut left = self.avoid(&mut batch.work);
         let Some(outcome) = self.apply_for_long(&mut batch, health, shutdown).await else { return };
         left.extend(outcome.undone.into_iter().map(Left::from));
+        let heartbeat_us = batch.heartbeat_us;
         failpoint::hit(FAILPOINTS[0]).await;
         if left.is_empty() && !has_namespaces {
             for (message, account) in batch.messages.iter().zip(&batch.accounts) {
@@ -275,6 +276,7 @@ impl Shared {
             self.hand_over(batch, &left, shutdown).await;
         }
         failpoint::hit(FAILPOINTS[1]).await;
+        self.heartbeats.applied(heartbeat_us);
     }
 
     /// Takes away the keys of nodes that are known not to answer.
@@ -359,7 +361,6 @@ impl Shared {
 
     /// Acknowledges the messages that are done, and gives what is left of the others to those who try it again.
     async fn hand_over(&self, batch: Batch, left: &[Left], shutdown: &Shutdown) {
-        let heartbeat_us = batch.heartbeat_us;
         let mut messages: VecDeque<_> = batch.messages.into_iter().zip(batch.accounts).collect();
         while let Some((message, account)) = messages.pop_front() {
             let mut work = work_of(&message);
@@ -391,7 +392,6 @@ impl Shared {
                 false => drop(self.namespaces.send((namespaces, held))),
             }
         }
-        self.heartbeats.applied(heartbeat_us);
     }
 
     /// Room for a message that is done in part, once there is some; nothing if shutdown is requested before.
