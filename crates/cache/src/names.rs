@@ -113,9 +113,10 @@ pub(crate) fn position(durable: &str) -> String {
     format!("\u{1f}position:{durable}")
 }
 
-/// Id under which a subscriber's durable consumer knows this cache. No durable's name contains a colon.
+/// Id under which a subscriber's durable consumer knows this cache. In the slot of the position: a node of a cluster that is
+/// down takes away both or none.
 pub(crate) fn identity(durable: &str) -> String {
-    format!("\u{1f}position:{durable}:cache")
+    format!("\u{1f}position:{{{}}}:cache", position(durable))
 }
 
 /// Whether a name found by a scan is a user's.

@@ -13,7 +13,7 @@ use crate::subscriber::{SHORT, Scene};
 pub(crate) const LONG: Duration = Duration::from_secs(600);
 
 pub(crate) const RECORD: &str = "\u{1f}position:redis";
-const IDENTITY: &str = "\u{1f}position:redis:cache";
+const IDENTITY: &str = "\u{1f}position:{\u{1f}position:redis}:cache";
 
 /// A cache whose subscriber has applied one event and has recorded it.
 pub(crate) async fn acquainted(max_age: Duration) -> (Scene, Stream, Daemon) {
