@@ -72,11 +72,10 @@ async fn limits_of_jetstream_are_named() {
     let pool = PgPool::connect(&stack.postgres_url()).await.unwrap();
     outbox::migrate(&pool).await.unwrap();
     let nats = Accounts::start(&stack).await;
-    let cases: [(&str, &str, &[&str]); 4] = [
+    let cases: [(&str, &str, &[&str]); 3] = [
         ("relay", "none", &["not enabled for this NATS account", "10039"]),
         ("subscriber", "none", &["not enabled for this NATS account", "10039"]),
         ("relay", "full", &["INVALIDATIONS", "max_streams", "10027"]),
-        ("subscriber", "small", &["INVALIDATIONS_DEAD", "MB of dead letters", "limit of the account"]),
     ];
     let config = r#"{"name":"INVALIDATIONS","subjects":["invalidation.>"],"retention":"limits","storage":"file",
         "max_bytes":-1,"max_age":0,"max_consumers":-1,"num_replicas":1,"discard":"new"}"#;
@@ -90,6 +89,12 @@ async fn limits_of_jetstream_are_named() {
         }
         assert!(!error.contains("ermission"), "{name} as {user}: {error}");
     }
+    // The stream of dead letters is created when there is one to keep.
+    let variables = [("NATS_URL", nats.url("small")), ("REDIS_URL", stack.redis_url())];
+    let subscriber = Daemon::spawn(stack.directory(), "subscriber", &variables).unwrap();
+    subscriber.until_ready().await;
+    nats.request("small", "invalidation.default", "garbage").await;
+    until_logged(&subscriber, &["INVALIDATIONS_DEAD", "limit of the account"]).await;
 }
 
 /// A server whose users `none`, `full` and `small` are of accounts without JetStream, with one stream, with 10 MB.
@@ -143,9 +148,10 @@ async fn failure(name: &str, stack: &Stack, nats_url: &str) -> String {
         .env("RELAY_STARTUP_TIMEOUT", "1s")
         .env("SUBSCRIBER_STARTUP_TIMEOUT", "1s")
         .env_remove("RUST_LOG");
-    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
-    assert_eq!(output.status.code(), Some(1), "{output:?}");
-    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    let daemon = Process::spawn(stack.directory(), name, command).unwrap();
+    let status = daemon.wait_exit(tests::SETTLED).await.unwrap();
+    let error = daemon.log();
+    assert_eq!(status.code(), Some(1), "{error}");
     error.lines().last().unwrap_or_default().to_owned()
 }
 
