@@ -7,7 +7,7 @@ use tracing::level_filters::LevelFilter;
 
 use crate::{
     Report, Shutdown, failpoint,
-    logs::{self, LogFormat, LogOptions},
+    logs::{self, LogError, LogFormat, LogOptions},
     nats::NatsError,
     parse_duration,
     report::causes,
@@ -150,6 +150,7 @@ fn exit_code(error: &(dyn Error + 'static)) -> ExitCode {
 
 fn is_usage(cause: &(dyn Error + 'static)) -> bool {
     cause.is::<UsageError>()
+        || matches!(cause.downcast_ref(), Some(LogError::Otlp(_)))
         || cause.is::<failpoint::FailpointError>()
         || cause.downcast_ref::<NatsError>().is_some_and(NatsError::is_usage)
 }

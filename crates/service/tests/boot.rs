@@ -150,6 +150,15 @@ fn an_empty_variable_counts_as_not_set() {
 }
 
 #[test]
+#[cfg(not(feature = "otlp"))]
+fn a_collector_is_refused_by_a_program_that_cannot_export_to_it() {
+    let (status, log) = start("fail", &[("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")]).end();
+    assert_eq!(status.code(), Some(2), "{log}");
+    assert!(log.contains("OTEL_EXPORTER_OTLP_ENDPOINT") && log.contains("feature `otlp`"), "{log}");
+}
+
+#[test]
+#[cfg(feature = "otlp")]
 fn an_unreachable_collector_is_reported_once_and_does_not_hold_up_the_exit() {
     let begin = Instant::now();
     let (status, log) = start("fail", &[("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")]).end();
