@@ -104,7 +104,7 @@ fn test(copy: &Path, mutant: &Mutant) -> Result<Outcome> {
         target => command.args(["--test", target]),
     };
     command.arg("--").args(["--format", "pretty"]).args(&mutant.tests);
-    command.current_dir(copy).env("RUST_BACKTRACE", "0");
+    command.current_dir(copy).env("RUST_BACKTRACE", "0").envs([programs::test_threads()]);
     let output = command.output().context("cannot start cargo")?;
     let text = String::from_utf8_lossy(&output.stdout);
     let outcome = Outcome::read(&text);

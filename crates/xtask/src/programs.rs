@@ -77,6 +77,14 @@ pub fn run_this_in_release(what: &str) -> anyhow::Result<ExitCode> {
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// Variable that says how many tests run at the same time, and its value: tests of real servers mostly wait, so there are
+/// two for each processor.
+pub fn test_threads() -> (&'static str, String) {
+    const VARIABLE: &str = "RUST_TEST_THREADS";
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    (VARIABLE, std::env::var(VARIABLE).unwrap_or_else(|_| (processors * 2).to_string()))
+}
+
 fn build_release() -> anyhow::Result<Vec<PathBuf>> {
     let mut command = Command::new(cargo());
     command.args(["build", "--release", "--message-format", "json-render-diagnostics"]);

@@ -23,6 +23,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     servers::provide(Binary::ALL)?;
     let mut command = Command::new(programs::cargo());
     command.args(["test", "--workspace"]).args(&arguments.arguments).current_dir(programs::workspace());
+    command.envs([programs::test_threads()]);
     let status = command.status().context("cannot start cargo")?;
     // Without a code it was killed by a signal.
     let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1);

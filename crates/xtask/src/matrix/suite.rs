@@ -63,7 +63,8 @@ impl Suite {
         println!("\n== {} on {servers}", self.title());
         let mut command = Command::new(programs::cargo());
         command.args(["test", "--workspace", "--test", self.target(), "--"]).args(arguments);
-        command.current_dir(programs::workspace()).envs(environment.iter().cloned()).stdout(Stdio::piped());
+        command.current_dir(programs::workspace()).stdout(Stdio::piped());
+        command.envs([programs::test_threads()]).envs(environment.iter().cloned());
         let mut child = command.spawn().context("cannot start cargo")?;
         let output = child.stdout.take().context("cargo has no output")?;
         let mut outcome = Outcome::default();
