@@ -1,7 +1,7 @@
 //! What is retained and has to be published to the stream again, in parts that relays share.
 //!
 //! A part is a range of one partition of `outbox.published`. To say that everything is to be published again costs a row
-//! for each [`PART_BLOCKS`], and to take the next page costs the same for the first and for the last: nothing is searched
+//! for each `PART_BLOCKS`, and to take the next page costs the same for the first and for the last: nothing is searched
 //! and no message is changed. The partitions are not emptied while there are parts.
 
 use std::time::Duration;
