@@ -3,10 +3,12 @@
 use std::path::Path;
 
 use deadpool_redis::redis::io::tcp::TcpSettings;
-use deadpool_redis::redis::sentinel::{SentinelClient, SentinelClientBuilder, SentinelServerType};
+use deadpool_redis::redis::sentinel::{
+    SentinelClient, SentinelClientBuilder, SentinelNodeConnectionInfo, SentinelServerType,
+};
 use deadpool_redis::redis::{
     self, Client, ClientTlsConfig, ConnectionAddr, ConnectionInfo, ErrorKind, IntoConnectionInfo,
-    TlsCertificates, TlsMode,
+    RedisConnectionInfo, TlsCertificates, TlsMode,
 };
 
 use super::config::{RedisConfig, RedisTls};
@@ -156,12 +158,56 @@ fn sentinel(
     if master.is_empty() {
         return Err(invalid("it names no master after the hosts of the Sentinels", url));
     }
+    let database = match database {
+        "" => 0,
+        number => number.parse().map_err(|_| invalid("its database is not a number", url))?,
+    };
     let servers = address.each_host()?;
+    let client = match certificates {
+        None => sentinel_client(&servers, master, database, address.tls),
+        Some(certificates) => sentinel_client_with(certificates, &servers, master, database),
+    };
+    let client = client.map_err(|error| invalid(&error.to_string(), url))?;
+    Ok(Target::Sentinel(Box::new(tokio::sync::Mutex::new(client))))
+}
+
+/// A client that looks for the master with the credentials of the servers, and asks the Sentinels without.
+fn sentinel_client(
+    servers: &[ConnectionInfo],
+    master: &str,
+    database: i64,
+    tls: bool,
+) -> Result<SentinelClient, redis::RedisError> {
+    let bare = |server: &ConnectionInfo| {
+        let settings = RedisConnectionInfo::default().set_skip_set_lib_name();
+        server.clone().set_redis_settings(settings)
+    };
+    let settings = servers.first().map(|server| server.redis_settings().clone()).unwrap_or_default();
+    let mut node = SentinelNodeConnectionInfo::default()
+        .set_redis_connection_info(settings.set_db(database))
+        .set_tcp_settings(tcp_settings());
+    if tls {
+        node = node.set_tls_mode(TlsMode::Secure);
+    }
+    let sentinels = servers.iter().map(bare).collect();
+    SentinelClient::build(sentinels, master, Some(node), SentinelServerType::Master)
+}
+
+/// As [`sentinel_client`], with certificates. The library has no way to leave out `CLIENT SETINFO` here.
+fn sentinel_client_with(
+    certificates: TlsCertificates,
+    servers: &[ConnectionInfo],
+    master: &str,
+    database: i64,
+) -> Result<SentinelClient, redis::RedisError> {
     let bare = servers.iter().map(|info| info.addr().clone());
-    let mut builder = SentinelClientBuilder::new(bare, master, SentinelServerType::Master)
-        .map_err(|error| invalid(&error.to_string(), url))?
+    let mut builder = SentinelClientBuilder::new(bare, master, SentinelServerType::Master)?
         .set_client_to_redis_tcp_settings(tcp_settings())
-        .set_client_to_sentinel_tcp_settings(tcp_settings());
+        .set_client_to_sentinel_tcp_settings(tcp_settings())
+        .set_client_to_redis_db(database)
+        .set_client_to_redis_tls_mode(TlsMode::Secure)
+        .set_client_to_redis_certificates(certificates.clone())
+        .set_client_to_sentinel_certificates(certificates);
     if let Some(settings) = servers.first().map(ConnectionInfo::redis_settings) {
         if let Some(user) = settings.username() {
             builder = builder.set_client_to_redis_username(user);
@@ -170,20 +216,7 @@ fn sentinel(
             builder = builder.set_client_to_redis_password(password);
         }
     }
-    if !database.is_empty() {
-        let database = database.parse().map_err(|_| invalid("its database is not a number", url))?;
-        builder = builder.set_client_to_redis_db(database);
-    }
-    if address.tls {
-        builder = builder.set_client_to_redis_tls_mode(TlsMode::Secure);
-    }
-    if let Some(certificates) = certificates {
-        builder = builder
-            .set_client_to_redis_certificates(certificates.clone())
-            .set_client_to_sentinel_certificates(certificates);
-    }
-    let client = builder.build().map_err(|error| invalid(&error.to_string(), url))?;
-    Ok(Target::Sentinel(Box::new(tokio::sync::Mutex::new(client))))
+    builder.build()
 }
 
 /// rustls panics at the first connection if the process contains several providers, or none, and chose none.

@@ -4,7 +4,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
-use deadpool_redis::redis::{self, AsyncConnectionConfig, Client, ErrorKind, ServerErrorKind};
+use deadpool_redis::redis::{
+    self, AsyncConnectionConfig, Client, ConnectionAddr, ErrorKind, ServerErrorKind, Value,
+};
 
 use super::address::{Target, without_library_name, without_password};
 use super::config::RedisConfig;
@@ -89,7 +91,11 @@ impl Lanes {
     async fn dial(&self, address: Option<Address>) -> Result<MultiplexedConnection, redis::RedisError> {
         let dial = async {
             let client = self.client(address.as_ref()).await?;
-            client.get_multiplexed_async_connection_with_config(&self.settings).await
+            let mut connection = client.get_multiplexed_async_connection_with_config(&self.settings).await?;
+            if matches!(client.get_connection_info().addr(), ConnectionAddr::TcpTls { .. }) {
+                first_answer(&mut connection).await?;
+            }
+            Ok(connection)
         };
         // The client's own limits do not cover asking Sentinels one after the other.
         match tokio::time::timeout(self.config.connect_timeout, dial).await {
@@ -137,5 +143,15 @@ impl Lanes {
     pub(super) fn give_up_all(&self) {
         self.server.give_up_all();
         self.nodes.doubt();
+    }
+}
+
+/// Waits for the first answer. A server that misses a client certificate says so only after the handshake, and then closes
+/// the connection: who writes later learns nothing but that it is closed.
+async fn first_answer(connection: &mut MultiplexedConnection) -> Result<(), redis::RedisError> {
+    match redis::cmd("PING").query_async::<Value>(connection).await {
+        // A refusal is an answer as well.
+        Err(error) if error.code().is_none() => Err(error),
+        _ => Ok(()),
     }
 }
