@@ -2,9 +2,10 @@
 
 use std::time::SystemTime;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use chrono::DateTime;
 use devstack::Nats;
+use event::Topic;
 use event::nats::STREAM;
 
 /// The last message of the stream.
@@ -16,15 +17,19 @@ pub struct Message {
     pub stored_at: SystemTime,
 }
 
-/// How many messages the stream has ever taken.
-pub async fn last_seq(nats: &Nats) -> anyhow::Result<u64> {
-    let info = ask(nats, &format!("$JS.API.STREAM.INFO.{STREAM}"), "").await?;
-    info["state"]["last_seq"].as_u64().context("the stream has no state")
+/// Counts the messages with events. Heartbeats have a subject of their own.
+pub async fn messages(nats: &Nats) -> anyhow::Result<u64> {
+    let subject = event::nats::subject(&Topic::default());
+    let filter = serde_json::json!({ "subjects_filter": subject }).to_string();
+    let info = ask(nats, &format!("$JS.API.STREAM.INFO.{STREAM}"), &filter).await?;
+    ensure!(info["state"].is_object(), "the stream has no state");
+    Ok(info["state"]["subjects"][&subject].as_u64().unwrap_or_default())
 }
 
-/// Its last message.
+/// Its last message with events.
 pub async fn last_message(nats: &Nats) -> anyhow::Result<Message> {
-    let request = serde_json::json!({ "seq": last_seq(nats).await? }).to_string();
+    let subject = event::nats::subject(&Topic::default());
+    let request = serde_json::json!({ "last_by_subj": subject }).to_string();
     let reply = ask(nats, &format!("$JS.API.STREAM.MSG.GET.{STREAM}"), &request).await?;
     let message = &reply["message"];
     let time = message["time"].as_str().context("the message has no time")?;

@@ -18,7 +18,7 @@ pub async fn play(timeline: &mut Timeline, stage: &mut Stage) -> anyhow::Result<
     timeline.scene("The relay is killed twice with the event in hand: delivered all the same, once");
     stage.relay.terminate().await?;
     stage.fill(EDSGER, "Edsger").await?;
-    let before = stream::last_seq(&stage.ground.stack.nats).await?;
+    let before = stream::messages(&stage.ground.stack.nats).await?;
 
     let doomed = armed(stage, "relay.after_claim")?;
     doomed.until_ready().await?;
@@ -57,7 +57,7 @@ async fn recover(timeline: &mut Timeline, stage: &mut Stage, at: Zero, before: u
     stage.relay = stage.ground.spawn_relay(&[])?;
     stage.relay.until_ready().await?;
     stage.ground.until_outbox_empty(PATIENCE).await?;
-    let messages = stream::last_seq(&stage.ground.stack.nats).await? - before;
+    let messages = stream::messages(&stage.ground.stack.nats).await? - before;
     timeline
         .check(messages == 1, "the stream recognised the duplicate: one event, two deaths, one message")?;
     stage.commit_and_wait(WITNESS).await?;
