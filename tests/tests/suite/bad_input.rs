@@ -154,7 +154,9 @@ async fn garbage_on_the_stream_is_set_aside_with_its_reason_and_delays_nothing()
     pair.enqueue(&["after"]).await.unwrap();
     pair.until_none("after").await;
     pair.until_none("k").await;
-    let dead = jetstream.get_stream("INVALIDATIONS_DEAD").await.unwrap();
+    // It is created with the first of them, beside the changes.
+    let find = async || jetstream.get_stream("INVALIDATIONS_DEAD").await.map_err(|error| error.to_string());
+    let dead = eventually(Duration::from_secs(20), find).await;
     eventually(Duration::from_secs(20), async || {
         dead.get_info().await.is_ok_and(|info| info.state.messages == 4)
     })
