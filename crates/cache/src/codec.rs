@@ -30,7 +30,7 @@ pub struct CodecError(#[source] pub Box<dyn std::error::Error + Send + Sync>);
 
 /// Values as JSON documents; `None` is `null`.
 ///
-/// What would come back as another value is not cached: numbers that JSON does not have (NaN, infinities), and `Some` of a
+/// Values that would come back as others are not cached: numbers that JSON does not have (NaN, infinities), and `Some` of a
 /// value that is written as `null` (`Some(())`, `Some(None)`), wherever they are in the value.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Json;
@@ -107,7 +107,7 @@ mod tests {
         assert_eq!(decoded, None);
     }
 
-    /// What a hit returns for `value`, if it is cached.
+    /// Returns what a hit would return for `value`.
     fn hit<T: Serialize + DeserializeOwned>(value: &T) -> Option<T> {
         Some(Json.decode(&Json.encode(value).ok()?).unwrap())
     }

@@ -70,7 +70,7 @@ impl RedisError {
             })
     }
 
-    /// Whether the node said that the slot of the keys is another's.
+    /// Returns true if the node said that the slot of the keys is another's.
     pub(crate) fn is_slot_moved(&self) -> bool {
         let Self::Unavailable(cause) = self else { return false };
         cause
@@ -148,7 +148,7 @@ fn from_server(kind: ServerErrorKind, error: redis::RedisError) -> RedisError {
     }
 }
 
-/// Whether the server takes no writes since it is a replica.
+/// Returns true if the server takes no writes because it is a replica.
 pub(crate) fn is_read_only(error: &redis::RedisError) -> bool {
     code(error).as_deref() == Some("READONLY")
 }
@@ -188,7 +188,7 @@ fn told(error: &(dyn std::error::Error + 'static)) -> String {
     told.join(": ")
 }
 
-/// What Redis answered, as it was sent; of a pipeline, the answer to the first command that failed.
+/// Returns the answer of Redis as it was sent; of a pipeline, the answer to the first command that failed.
 fn answer(error: &redis::RedisError) -> Option<String> {
     let errors = error.clone().into_server_errors()?;
     let (_, first) = errors.first()?;

@@ -99,7 +99,7 @@ impl Redis {
         self.query::<Value>(&ping).await.map(drop)
     }
 
-    /// Whether the URL is that of a cluster, whose nodes can fail one by one.
+    /// Returns true if the URL is that of a cluster, whose nodes can fail one by one.
     #[must_use]
     pub fn is_cluster(&self) -> bool {
         self.lanes.is_cluster()
